@@ -1,0 +1,89 @@
+"""Where a rank stands on the m × n grid, and who shares its row and its column; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+DEFAULT_ORDER = "tp-cp-ep-dp-pp"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The m × n arrangement of one tensor-parallel group: TP rank r = i·n + j has coordinates (i, j)."""
+
+    m: int
+    n: int
+
+    @property
+    def size(self) -> int:
+        """P = m · n."""
+        return self.m * self.n
+
+    def coordinates(self, tp_rank: int) -> tuple[int, int]:
+        """(i, j) of a TP rank: it owns head group i and dim slice j."""
+        if not 0 <= tp_rank < self.size:
+            raise ValueError(f"TP rank {tp_rank} is not on the {self.m} × {self.n} grid of {self.size} ranks")
+        return divmod(tp_rank, self.n)
+
+    def tp_rank(self, i: int, j: int) -> int:
+        """The TP rank at coordinates (i, j)."""
+        if not (0 <= i < self.m and 0 <= j < self.n):
+            raise ValueError(f"({i}, {j}) is not on the {self.m} × {self.n} grid")
+        return i * self.n + j
+
+    def head_groups(self, tp_group: list[int]) -> list[list[int]]:
+        """The n head groups of one TP group of world ranks: m ranks each, with the same slice j."""
+        self._check_group(tp_group)
+        return [[tp_group[self.tp_rank(i, j)] for i in range(self.m)] for j in range(self.n)]
+
+    def dim_groups(self, tp_group: list[int]) -> list[list[int]]:
+        """The m dim groups of one TP group of world ranks: n ranks each, with the same heads i."""
+        self._check_group(tp_group)
+        return [[tp_group[self.tp_rank(i, j)] for j in range(self.n)] for i in range(self.m)]
+
+    def _check_group(self, tp_group: list[int]) -> None:
+        if len(tp_group) != self.size:
+            raise ValueError(
+                f"a TP group of {len(tp_group)} ranks does not fill a {self.m} × {self.n} grid of {self.size}"
+            )
+
+
+def tensor_parallel_groups(
+    world_size: int, tp: int, pp: int = 1, cp: int = 1, order: str = DEFAULT_ORDER
+) -> list[list[int]]:
+    """World ranks of every TP group, for any Megatron rank order.
+
+    The first axis named in `order` varies fastest; `ep` is part of `dp` here, as for Megatron-Core's dense groups
+    (`megatron.core.parallel_state.RankGenerator`), and axes that `order` leaves out must have size 1.
+
+    Raises:
+        ValueError: the sizes do not divide the world, or `order` misses an axis or names an unknown one.
+    """
+    if world_size % (tp * pp * cp):
+        raise ValueError(f"world size {world_size} is not a multiple of TP {tp} × PP {pp} × CP {cp}")
+    sizes = {"tp": tp, "cp": cp, "ep": 1, "dp": world_size // (tp * pp * cp), "pp": pp}
+    axes = order.lower().split("-")
+    unknown = [axis for axis in axes if axis not in sizes]
+    missing = [axis for axis, size in sizes.items() if size > 1 and axis not in axes]
+    if unknown or missing or len(set(axes)) != len(axes):
+        raise ValueError(
+            f"rank order {order!r} must name each of tp, cp, dp, pp of a size above 1 once "
+            f"(unknown: {unknown}, missing: {missing})"
+        )
+    strides = {axis: prod(sizes[before] for before in axes[:k]) for k, axis in enumerate(axes)}
+    others = [axis for axis in axes if axis != "tp"]
+    return [
+        [base + k * strides.get("tp", 1) for k in range(tp)]
+        for base in sorted(_offsets([(sizes[axis], strides[axis]) for axis in others]))
+    ]
+
+
+def _offsets(axes: list[tuple[int, int]]) -> Iterator[int]:
+    if not axes:
+        yield 0
+        return
+    (size, stride), *rest = axes
+    for offset in _offsets(rest):
+        yield from (k * stride + offset for k in range(size))
