@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Prepares the environment that the examples and the tests run in, and prints the path of its Python on stdout.
+#
+#   bash tools/setup_env.sh [--venv DIR] [--python PATH]
+#
+#   --venv DIR     where to make the virtual environment (default: .venv in the checkout)
+#   --python PATH  the Python that makes it, 3.10 or newer (default: the first suitable one on PATH)
+#
+# Without either option, a virtual environment that is active and already has the versions of tests/requirements.txt is
+# used as it is. Otherwise everything is installed with pip, as pip is configured. A second run finds the work done; a
+# run after an interrupt goes on with it. Progress goes to stderr.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+pins=$root/tests/requirements.txt
+venv=''
+base=''
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "setup: $*"; exit 2; }
+
+while (($#)); do
+    case $1 in
+        --venv) venv=${2:?--venv needs a directory}; shift 2 ;;
+        --python) base=${2:?--python needs a path}; shift 2 ;;
+        -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) fail "unknown option $1; there are --venv DIR and --python PATH" ;;
+    esac
+done
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+# An environment that the caller has activated and that has every pin needs nothing from us.
+if [[ -z $venv && -z $base ]]; then
+    active=$(command -v python3 || true)
+    if [[ -n $active ]] && new_enough "$active" \
+        && "$active" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' \
+        && "$active" "$root/tools/check_pins.py" "$pins" 2>/dev/null; then
+        say "setup: using the active environment, $active"
+        echo "$active"
+        exit 0
+    fi
+fi
+
+venv=${venv:-$root/.venv}
+mkdir -p "$venv"
+venv=$(cd "$venv" && pwd)
+# One set-up at a time: two commands started together would install into the same directory.
+if command -v flock >/dev/null; then
+    exec 9<"$pins"
+    flock --nonblock 9 || { say "setup: waiting for another set-up of this checkout to finish"; flock 9; }
+fi
+
+if [[ -z $base ]]; then
+    tried=''
+    for name in python3 python3.13 python3.12 python3.11 python3.10; do
+        found=$(command -v "$name") || continue
+        if new_enough "$found"; then base=$found; break; fi
+        tried+=" $found"
+    done
+    [[ -n $base ]] || fail "needs Python 3.10 or newer; looked at:${tried:- nothing named python3 on PATH}. Name one with --python PATH"
+else
+    command -v "$base" >/dev/null || fail "--python $base is not a program"
+    new_enough "$base" || fail "needs Python 3.10 or newer, and $base is $("$base" --version 2>&1 || true)"
+fi
+
+python=$venv/bin/python
+"$python" -c '' 2>/dev/null || new=yes
+recipe=$(cat "$pins" "$root/setup.py" "$root/tools/setup_env.sh" | sha256sum | cut -c1-16)
+stamp=$venv/.installed-$recipe
+# The checkout may have moved since: its path is part of what an editable install records.
+if [[ -z ${new:-} && -f $stamp && $(<"$stamp") == "$root" ]]; then
+    echo "$python"
+    exit 0
+fi
+
+compiler=$(command -v c++ || command -v g++ || command -v clang++ || true)
+run() {
+    say "setup: $1"; shift
+    "$@" >&2 && return
+    [[ -n $compiler ]] || say "setup: no C++ compiler (c++, g++, clang++) was found; packages without a ready-made wheel for this machine need one"
+    fail "this failed: $*. Run the same command again to go on from here"
+}
+
+if [[ -n ${new:-} ]]; then
+    "$base" -c 'import ensurepip, venv' 2>/dev/null || fail "$base lacks the venv module (Debian and Ubuntu: apt install python3-venv)"
+    run "making $venv with $base" "$base" -m venv --clear "$venv"
+fi
+rm -f "$venv"/.installed-*
+# pip writes RECORD last: without it, an interrupted install would pass for a finished one.
+for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
+    if [[ -d $info && ! -f $info/RECORD ]]; then rm -r "$info"; fi
+done
+
+pip=("$python" -m pip install --quiet --disable-pip-version-check --no-input)
+run "installing PyTorch (the first time, the longest download)" "${pip[@]}" -c "$pins" torch setuptools wheel numpy
+# DeepSpeed's build imports torch, and its kernels are compiled when first used.
+run "installing DeepSpeed" env DS_BUILD_OPS=0 "${pip[@]}" -c "$pins" --no-build-isolation deepspeed
+run "installing the rest of tests/requirements.txt" "${pip[@]}" -r "$pins"
+run "installing hp-plugin itself" "${pip[@]}" --no-deps --no-build-isolation -e "$root"
+run "checking the versions" "$python" "$root/tools/check_pins.py" "$pins"
+echo "$root" >"$stamp"
+say "setup: $venv is ready"
+echo "$python"
