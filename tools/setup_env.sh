@@ -65,11 +65,10 @@ else
 fi
 
 python=$venv/bin/python
-"$python" -c '' 2>/dev/null || new=yes
 recipe=$(cat "$pins" "$root/setup.py" "$root/tools/setup_env.sh" | sha256sum | cut -c1-16)
 stamp=$venv/.installed-$recipe
 # The checkout may have moved since: its path is part of what an editable install records.
-if [[ -z ${new:-} && -f $stamp && $(<"$stamp") == "$root" ]]; then
+if [[ -f $stamp && $(<"$stamp") == "$root" ]] && "$python" -c '' 2>/dev/null; then
     echo "$python"
     exit 0
 fi
@@ -82,7 +81,8 @@ run() {
     fail "this failed: $*. Run the same command again to go on from here"
 }
 
-if [[ -n ${new:-} ]]; then
+# Also made anew when the Python it was made with is gone, or when making it was interrupted before pip was in.
+if ! "$python" -m pip --version >/dev/null 2>&1; then
     "$base" -c 'import ensurepip, venv' 2>/dev/null || fail "$base lacks the venv module (Debian and Ubuntu: apt install python3-venv)"
     run "making $venv with $base" "$base" -m venv --clear "$venv"
 fi
