@@ -1,0 +1,46 @@
+"""Lets stock Megatron-Core train on the CPU over gloo, once `enable()` is called; importing it changes nothing.
+
+Megatron-Core names CUDA in about eighty places. Each list of hooks below answers one kind of them, for the whole
+process; what runs on the CPU is upstream's own code. Functions given to `torch.compile` run as they are written,
+since compiling the handful that Megatron-Core marks costs every rank more than they ever take.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hp_plugin.cpu_backend import communication, cuda_calls, devices, random_states
+from hp_plugin.cpu_backend.hook import Hook
+
+__all__ = ["HOOKS", "Hook", "enable", "is_enabled"]
+
+HOOKS: list[Hook] = [*devices.HOOKS, *cuda_calls.HOOKS, *random_states.HOOKS, *communication.HOOKS]
+
+_enabled = False
+
+
+def is_enabled() -> bool:
+    """True once `enable()` has succeeded in this process."""
+    return _enabled
+
+
+def enable() -> None:
+    """Run Megatron-Core on the CPU from now on, in this process; does nothing the second time.
+
+    Raises `RuntimeError`, having changed nothing, if torch sees a CUDA device, or if an upstream function that
+    would be replaced does not look as it did in the release that the replacement was written for.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            f"the CPU backend is for machines without CUDA, and torch sees {torch.cuda.device_count()} CUDA "
+            "device(s): train on them, or hide them from this process with CUDA_VISIBLE_DEVICES="
+        )
+    for hook in HOOKS:
+        hook.check()
+    for hook in HOOKS:
+        hook.apply()
+    torch.compiler.set_stance("force_eager")
+    _enabled = True
