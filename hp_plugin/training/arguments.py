@@ -1,0 +1,78 @@
+"""Command line -> TrainingConfig: one argparse flag per field, one argparse group per group of options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, NoReturn
+
+from hp_plugin.training.config import GROUPS, TrainingConfig
+
+
+def build_parser(program: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the reference trainer; every flag is a field of `TrainingConfig`."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Pretrain a GPT with Megatron-Core, stock or on a head × dimension grid.",
+        allow_abbrev=False,
+    )
+    for group in GROUPS:
+        section = parser.add_argument_group(str(group.__doc__))
+        for option in fields(group):
+            section.add_argument("--" + option.name.replace("_", "-"), **_argument(option))
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> TrainingConfig:
+    """Reads the command line (`sys.argv` by default).
+
+    Raises:
+        SystemExit: status 2, after one line on stderr, when a flag is unknown, malformed or missing.
+    """
+    parser = build_parser(program)
+    parser.error = lambda message: user_error(parser.prog, message)  # type: ignore[method-assign]
+    return TrainingConfig(**vars(parser.parse_args(arguments)))
+
+
+def user_error(program: str, message: str) -> NoReturn:
+    """Ends the process with status 2; one rank per machine says why, as all its ranks share one command line."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _argument(option: Field[Any]) -> dict[str, Any]:
+    """argparse's description of one field, from its annotation (a string here), default and metadata."""
+    annotation = str(option.type).removesuffix(" | None")
+    text = option.metadata["help"].replace("%", "%%")
+    if annotation == "bool":
+        return {"action": "store_true", "help": text}
+    described: dict[str, Any] = {"help": text, "choices": option.metadata["choices"]}
+    if option.default is MISSING:
+        described["required"] = True
+    else:
+        described["default"] = option.default
+    if annotation == "tuple[str, ...]":
+        return described | {"nargs": "+", "action": _Tuple}
+    return described | {"type": _CONVERTERS[annotation]}
+
+
+class _Tuple(argparse.Action):
+    """Stores several values as a tuple: the configuration is frozen and hashable."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _integer_pair(text: str) -> tuple[int, int]:
+    try:
+        left, right = (int(number) for number in text.strip("() ").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes two integers left,right (for example 127,0), got {text!r}") from None
+    return left, right
+
+
+_CONVERTERS = {"int": int, "float": float, "str": str, "tuple[int, int]": _integer_pair}

@@ -1,0 +1,175 @@
+"""The reference trainer's command line and what it refuses before anything starts."""
+
+import re
+import shlex
+from dataclasses import MISSING, fields, replace
+
+import pytest
+
+from hp_plugin.training.arguments import build_parser, parse_arguments
+from hp_plugin.training.checks import check_config
+from hp_plugin.training.config import TrainingConfig
+
+SMALL = shlex.split(
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2"
+    " --train-iters 5 --lr 1e-3"
+)
+
+
+def config(**changes: object) -> TrainingConfig:
+    return replace(parse_arguments(SMALL), **changes)
+
+
+def test_defaults_are_the_dataclass_defaults():
+    parsed = parse_arguments(SMALL)
+    given = {"num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"}
+    assert {field.name for field in fields(TrainingConfig) if field.default is MISSING} == given
+    for field in fields(TrainingConfig):
+        if field.name not in given:
+            assert getattr(parsed, field.name) == field.default, field.name
+
+
+def test_every_kind_of_value():
+    parsed = parse_arguments(
+        [
+            *SMALL,
+            *shlex.split("--window-size 7,0 --swiglu --data-path 0.3 a 0.7 b --initial-loss-scale 1024"),
+            *shlex.split("--kv-channels 8 --recompute-modules core_attn mlp --head-dim-parallel 2,2"),
+        ]
+    )
+    assert parsed.window_size == (7, 0)
+    assert parsed.swiglu and not parsed.disable_bias_linear
+    assert parsed.data_path == ("0.3", "a", "0.7", "b")
+    assert parsed.initial_loss_scale == 1024.0
+    assert parsed.kv_channels == 8
+    assert parsed.recompute_modules == ("core_attn", "mlp")
+    assert parsed.head_dim is not None and parsed.tensor_parallel == 4
+    assert hash(parsed) == hash(replace(parsed))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--num-layers"),
+        ([*SMALL, "--num-layer", "3"], "unrecognized arguments: --num-layer"),
+        ([*SMALL, "--seed", "x"], "--seed: invalid int value: 'x'"),
+        ([*SMALL, "--window-size", "7"], "takes two integers left,right (for example 127,0), got '7'"),
+        ([*SMALL, "--head-dim-exchange", "bat"], "invalid choice: 'bat'"),
+        ([*SMALL, "--normalization", "BatchNorm"], "invalid choice: 'BatchNorm'"),
+    ],
+)
+def test_malformed_flags_end_with_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(arguments, program="pretrain_gpt.py")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pretrain_gpt.py: error: ") and said.count("\n") == 1
+    assert message in said
+
+
+def test_only_one_rank_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments([])
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_help_lists_every_flag_once():
+    text = build_parser("pretrain_gpt.py").format_help()
+    for field in fields(TrainingConfig):
+        flag = field.name.replace("_", "-")
+        assert len(re.findall(rf"^  --{flag}\b(?!-)", text, re.MULTILINE)) == 1, field.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({"num_layers": 0}, 1, "--num-layers must be positive, got 0"),
+        ({"lr": -1.0}, 1, "--lr must be positive, got -1.0"),
+        ({"tensor_model_parallel_size": 4}, 6, "world size 6 is not a multiple of TP × PP × CP = 4 × 1 × 1 = 4"),
+        ({"head_dim_parallel": "2,2"}, 6, "world size 6 is not a multiple of 4"),
+        (
+            {"head_dim_parallel": "2,2", "tensor_model_parallel_size": 2},
+            4,
+            "--tensor-model-parallel-size 2 contradicts --head-dim-parallel 2,2, which sets it to m·n = 4",
+        ),
+        ({"head_dim_parallel": "4x4"}, 16, "--head-dim-parallel takes two integers m,n (for example 4,4), got '4x4'"),
+        ({"head_dim_parallel": "auto"}, 4, "--head-dim-parallel auto needs --tensor-model-parallel-size"),
+        (
+            {"pipeline_model_parallel_size": 3},
+            3,
+            "--num-layers 4 does not divide over --pipeline-model-parallel-size 3",
+        ),
+        (
+            {"num_layers_per_virtual_pipeline_stage": 1},
+            1,
+            "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2",
+        ),
+        (
+            {"num_layers": 12, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 4},
+            2,
+            "--num-layers-per-virtual-pipeline-stage 4 does not divide the 6 layers of a pipeline stage",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 6},
+            2,
+            "needs a multiple of 2 micro-batches per iteration (one per pipeline stage), got 3: make "
+            "--global-batch-size (6) a multiple of 4",
+        ),
+        ({"global_batch_size": 6}, 2, "--global-batch-size 6 is not a multiple of --micro-batch-size 2 × 2"),
+        ({"tensor_model_parallel_size": 5}, 5, "the padded vocabulary of 384 does not divide over 5"),
+        (
+            {"sequence_parallel": True, "tensor_model_parallel_size": 2, "seq_length": 33},
+            2,
+            "--sequence-parallel needs --seq-length (33) divisible by TP × CP = 2",
+        ),
+        ({"context_parallel_size": 2}, 2, "--context-parallel-size 2 needs --transformer-impl transformer_engine"),
+        ({"hidden_size": 65}, 1, "--hidden-size 65 is not a multiple of --num-attention-heads 4"),
+        ({"num_query_groups": 3}, 1, "--num-attention-heads 4 is not a multiple of --num-query-groups 3"),
+        ({"max_position_embeddings": 16}, 1, "--max-position-embeddings 16 is smaller than --seq-length 32"),
+        ({"rotary_percent": 1.5}, 1, "--rotary-percent must be above 0 and at most 1, got 1.5"),
+        ({"recompute_granularity": "full"}, 1, "--recompute-granularity full needs --recompute-method"),
+        ({"fp16": True, "bf16": True}, 1, "--fp16 and --bf16 exclude each other"),
+        ({"min_lr": 1.0}, 1, "--min-lr 1.0 is above --lr 0.001"),
+        ({"lr_warmup_iters": 5}, 1, "the warm-up of 5 iterations must be shorter than the decay of 5"),
+        ({"data_path": ("/nowhere/x",)}, 1, "--data-path /nowhere/x: there is no file /nowhere/x.bin"),
+        ({"data_path": ("a",), "mock_data": True}, 1, "give --data-path or --mock-data, not both"),
+        ({"data_path": ("0.5", "a", "b")}, 1, "prefixes alone or a weight before every prefix, got 0.5 a b"),
+        ({"vocab_size": 100}, 1, "--vocab-size 100 is too small for the byte tokens of the default data"),
+        ({"split": "0,1"}, 1, "--split takes up to three shares with a positive first one"),
+        ({"split": "a"}, 1, "--split takes up to three shares with a positive first one"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_words(changes, world_size, message):
+    with pytest.raises(ValueError) as refusal:
+        check_config(config(**changes), world_size)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "batch", "micro_batches"),
+    [
+        ({}, 1, 2, 1),
+        ({}, 4, 8, 1),
+        ({"global_batch_size": 16}, 2, 16, 4),
+        ({"global_batch_size": 16, "head_dim_parallel": "2,2"}, 8, 16, 4),
+        ({"pipeline_model_parallel_size": 2, "global_batch_size": 8}, 2, 8, 4),
+    ],
+)
+def test_batches_per_layout(changes, world_size, batch, micro_batches):
+    checked = config(**changes)
+    check_config(checked, world_size)
+    assert (checked.batch_size(world_size), checked.micro_batches(world_size)) == (batch, micro_batches)
+
+
+def test_derived_values():
+    assert config().padded_vocab_size == 384  # 256 bytes + end-of-document, to a multiple of 128
+    assert config(tensor_model_parallel_size=3).padded_vocab_size == 384
+    assert config(vocab_size=50256, make_vocab_size_divisible_by=1).padded_vocab_size == 50257
+    assert config().query_groups == 4
+    assert config(group_query_attention=True).query_groups == 1
+    assert config(num_query_groups=2).query_groups == 2
+    virtual = config(num_layers=12, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3)
+    assert virtual.virtual_pipeline == 2
+    widest = config(head_dim_parallel="auto", tensor_model_parallel_size=8, num_query_groups=2).head_dim
+    assert widest is not None and (widest.m, widest.n) == (2, 4)
