@@ -1,0 +1,256 @@
+"""Stock self-attention on an m × n head × dimension grid.
+
+Letters: s sequence, b micro-batch, D hidden size; h query heads, g key/value heads (query groups), d head dimension;
+m × n the grid, P = m · n the TP size, (i, j) a rank's head group and dim slice. The *head axis* has size m, the *dim
+axis* size n; collectives say which of them they span.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.core_attention import HeadDimCoreAttention
+from hp_plugin.exchange import STRATEGIES, Exchange, QKVLayout
+from hp_plugin.exchange.local import slice_angles
+from hp_plugin.exchange_rules import AUTO_ORDER, AttentionShape
+from hp_plugin.groups import HeadDimGroups
+from hp_plugin.inner_attention.slice_norm import slice_norm
+from hp_plugin.inner_attention.slice_rotary import rotate_slices
+from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
+from hp_plugin.sharding import proj_columns, qkv_rows
+from hp_plugin.transformer_config import attention_shape, unsupported
+
+
+class HeadDimSelfAttention(SelfAttention):
+    """`SelfAttention` whose heads are split over the head axis and whose head dimension is split over the dim axis.
+
+    The stock class runs on the head group, with full heads of this rank's share of the work (`batch`, `sequence`) or
+    with slices of every head (`scores`). Parameters, checkpoint keys and local shapes are those of stock at TP = P.
+
+    Args:
+        config: a `HeadDimTransformerConfig`, or any `TransformerConfig` with a `head_dim_parallel`.
+        pg_collection: process groups, with `head` and `dim` if they are not the registered ones.
+
+    Raises:
+        ValueError: the model needs what the grid or its exchange cannot do.
+        RuntimeError: no grid is registered, or it is not the config's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.padding,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        head_dim: HeadDimConfig = config.head_dim_parallel
+        groups = HeadDimGroups.from_collection(pg_collection)
+        if (groups.grid.m, groups.grid.n) != (head_dim.m, head_dim.n):
+            raise RuntimeError(
+                f"the model's grid is {head_dim.m} × {head_dim.n}, the initialized one {groups.grid.m} × "
+                f"{groups.grid.n}: initialize_head_dim_parallel and the config must name the same"
+            )
+        refusals = unsupported(config, head_dim, head_dim.exchange)
+        if refusals:
+            raise ValueError(f"--head-dim-parallel {head_dim.m},{head_dim.n}: " + "; ".join(refusals))
+        h, g, d = config.num_attention_heads, config.num_query_groups, config.kv_channels
+        head_dim.check_heads(h, g, d)
+        gate = getattr(config, "attention_output_gate", False)
+        layout = QKVLayout(g // head_dim.m, h // g, d // head_dim.n, gate)
+        exchanges = {name: STRATEGIES[name](groups, layout) for name in _candidates(head_dim)}
+        first = next(iter(exchanges.values()))
+        collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
+        collection.tp = groups.head
+        true_config = config
+        if first.name == "local":
+            # The literal method is stock attention with more and narrower heads, on the whole TP group.
+            _warn_another_function(head_dim, h, g, d)
+            collection.tp = groups.tp
+            config = copy.copy(config)
+            config.num_attention_heads, config.num_query_groups = h * head_dim.n, g * head_dim.n
+            config.kv_channels = d // head_dim.n
+        super().__init__(
+            config,
+            replace(
+                submodules,
+                linear_qkv=head_dim_spec(
+                    HeadDimColumnParallelLinear,
+                    submodules.linear_qkv,
+                    groups=groups,
+                    axis=qkv_rows(h, g, d, head_dim.m, head_dim.n, gate),
+                    exchange=first,
+                ),
+                core_attention=head_dim_spec(
+                    HeadDimCoreAttention, submodules.core_attention, groups=groups, exchanges=exchanges
+                ),
+                linear_proj=head_dim_spec(
+                    HeadDimRowParallelLinear,
+                    submodules.linear_proj,
+                    groups=groups,
+                    axis=proj_columns(h, d, head_dim.m, head_dim.n),
+                    exchange=first,
+                ),
+            ),
+            layer_number,
+            attn_mask_type=attn_mask_type,
+            cp_comm_type=cp_comm_type,
+            pg_collection=collection,
+            **kwargs,
+        )
+        self.head_dim = head_dim
+        self.groups = groups
+        self.true_config = true_config
+        self._exchanges = exchanges
+        self._exchange = first
+        self._angles: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        inference_context: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As stock: `[s, b, D]` (`[s/P, b, D]` with sequence parallelism) to the same, and the bias.
+
+        Raises:
+            ValueError: this micro-batch, sequence or argument is nothing the exchange can carry.
+        """
+        if self.head_dim.n == 1:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                attention_bias=attention_bias,
+                packed_seq_params=packed_seq_params,
+                inference_context=inference_context,
+                **kwargs,
+            )
+        if packed_seq_params is not None:
+            raise ValueError(
+                "packed sequences cannot be split over the dim axis: use --head-dim-parallel with n=1, or pad"
+            )
+        angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
+        exchange = self._pick(hidden_states, angles[0], inference_context)
+        if attention_bias is not None and exchange.name in ("sequence", "scores"):
+            raise ValueError(f"exchange `{exchange.name}` cannot add an attention bias; --head-dim-exchange batch can")
+        self._exchange = self.linear_qkv.exchange = self.linear_proj.exchange = exchange
+        self.core_attention.caching = inference_context is not None
+        if exchange.name == "scores":
+            # Slices rotate with their partners' help, in get_query_key_value_tensors; stock must not rotate again.
+            self._angles, angles = angles, (None, None)
+        elif exchange.name == "local":
+            angles = tuple(
+                None if a is None else slice_angles(a, self.head_dim.n, self.config.rotary_interleaved) for a in angles
+            )
+        else:
+            angles = (
+                None if angles[0] is None else exchange.rotary_share(angles[0])[0],
+                None if angles[1] is None else exchange.rotary_share(angles[1])[1],
+            )
+        return super().forward(
+            hidden_states,
+            exchange.mask_share(attention_mask),
+            *args,
+            rotary_pos_emb=None if angles == (None, None) else angles,
+            attention_bias=exchange.mask_share(attention_bias),
+            inference_context=inference_context,
+            **kwargs,
+        )
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As stock; under `sequence` and `scores` the column-parallel layer hands over separate tensors already."""
+        if self._exchange.name not in ("sequence", "scores"):
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        qkv, _ = self.linear_qkv(hidden_states)
+        query = self._normed(self.q_layernorm, qkv.query)
+        key = self._normed(self.k_layernorm, qkv.key)
+        if self._exchange.name == "scores":
+            query, key = rotate_slices(
+                query,
+                key,
+                self._angles,
+                group=self.groups.dim,
+                interleaved=self.config.rotary_interleaved,
+                mscale=_yarn_get_concentration_factor_from_config(self.config),
+            )
+            self._angles = (None, None)
+        return (query, key, qkv.value) if qkv.gate is None else (query, key, qkv.value, qkv.gate)
+
+    def _normed(self, norm: torch.nn.Module | None, states: Tensor) -> Tensor:
+        if norm is None or isinstance(norm, IdentityOp):
+            return states
+        if self._exchange.name == "scores":
+            return slice_norm(norm, states, self.groups.dim)
+        return norm(states)
+
+    def _pick(self, hidden_states: Tensor, angles: Tensor | None, inference_context: Any) -> Exchange:
+        """The exchange that carries this micro-batch."""
+        s = hidden_states.shape[0] * (self.groups.grid.size if self.config.sequence_parallel else 1)
+        rotary = 0 if angles is None else angles.shape[-1]
+        shape = attention_shape(self.true_config, self.head_dim, hidden_states.shape[1], s, rotary)
+        exchange = self._exchanges[_resolved(self.head_dim, shape)]
+        if self.head_dim.exchange == "auto":
+            refusals = unsupported(self.true_config, self.head_dim, exchange.name)
+            if refusals:
+                raise ValueError(f"micro-batch of {shape.b} sequences of {s} tokens: " + "; ".join(refusals))
+        if inference_context is not None and not (
+            exchange.name in ("batch", "local") and inference_context.is_static_batching()
+        ):
+            raise ValueError(
+                f"inference with exchange `{exchange.name}` is not supported: use static batching with "
+                f"--head-dim-exchange batch and a batch size divisible by n = {self.head_dim.n}"
+            )
+        return exchange
+
+
+@lru_cache(maxsize=64)
+def _resolved(head_dim: HeadDimConfig, shape: AttentionShape) -> str:
+    return head_dim.check_shape(shape)
+
+
+def _candidates(head_dim: HeadDimConfig) -> tuple[str, ...]:
+    """The exchanges this layer may have to run; with one slice they all are the identity that `batch` then is."""
+    if head_dim.n == 1:
+        return ("batch",)
+    return AUTO_ORDER if head_dim.exchange == "auto" else (head_dim.exchange,)
+
+
+def _stock_collection() -> ProcessGroupCollection:
+    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp"])
+
+
+@cache
+def _warn_another_function(head_dim: HeadDimConfig, h: int, g: int, d: int) -> None:
+    """Warns once per shape and process that `local` is not the model's own attention."""
+    warnings.warn(
+        f"--head-dim-exchange local is another function than the model's attention: each of the {head_dim.n} slices "
+        f"runs its own softmax, which is attention with {h * head_dim.n} heads and {g * head_dim.n} query groups of "
+        f"{d // head_dim.n} channels instead of {h}, {g} and {d}; every other exchange is exact",
+        UserWarning,
+        stacklevel=3,
+    )

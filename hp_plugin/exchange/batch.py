@@ -1,0 +1,51 @@
+"""`batch`: whole heads of a share of the samples."""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+
+from hp_plugin.exchange.base import Exchange
+
+
+class BatchExchange(Exchange):
+    """Every rank trades its d/n slice of b samples for the full d of its b/n samples, and back.
+
+    Receives (n-1)/n of the local QKV activation in one all-to-all over the dim axis, and (n-1)/n of the attention
+    output in another. With n = 1 both maps are the identity.
+    """
+
+    name = "batch"
+
+    def to_heads(self, mixed: Tensor) -> Tensor:
+        """[s, b, slots · d/n] -> [s, b/n, slots · d], what stock SelfAttention expects at TP = m."""
+        if self.n == 1:
+            return mixed
+        s, b, _ = mixed.shape
+        # [s, b, slots · d/n] -> [n, s, b/n, slots, d/n]: one block of samples for each rank of the dim group
+        blocks = mixed.view(s, self.n, b // self.n, self.layout.slots, self.layout.width).transpose(0, 1)
+        traded = all_to_all(self.groups.dim, blocks.contiguous())
+        # [n, s, b/n, slots, d/n] -> [s, b/n, slots · d]: the slices of a head side by side
+        return traded.permute(1, 2, 3, 0, 4).reshape(s, b // self.n, -1)
+
+    def to_slices(self, context: Tensor) -> Tensor:
+        """[s, b/n, h/m · d] -> [s, b, h/m · d/n]."""
+        if self.n == 1:
+            return context
+        s, share, _ = context.shape
+        blocks = context.view(s, share, self.layout.heads, self.n, self.layout.width).permute(3, 0, 1, 2, 4)
+        traded = all_to_all(self.groups.dim, blocks.contiguous())
+        # [n, s, b/n, h/m, d/n] -> [s, b, h/m · d/n]
+        return traded.transpose(0, 1).reshape(s, share * self.n, -1)
+
+    def mask_share(self, mask: Tensor | None) -> Tensor | None:
+        """Masks of a single sample serve all; masks per sample are cut to this rank's samples."""
+        if mask is None or self.n == 1 or mask.shape[0] == 1:
+            return mask
+        return mask.chunk(self.n, dim=0)[self.j]
+
+    def rotary_share(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles are shared by all samples, except multimodal ones with a sample axis."""
+        if embedding.shape[1] > 1 and self.n > 1:
+            embedding = embedding.chunk(self.n, dim=1)[self.j]
+        return embedding, embedding

@@ -1,0 +1,65 @@
+"""`sequence`: whole heads of a share of the queries, against all keys."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+
+from hp_plugin.exchange.base import QKV, Exchange
+
+
+class SequenceExchange(Exchange):
+    """Every rank trades its d/n slice of s queries for the full d of s/n queries; keys and values come whole.
+
+    Rank j takes query chunks j and 2n-1-j of 2n, an early and a late one, so that causal work is the same on every
+    rank. One all-to-all over the dim axis carries both: to each rank its queries, and this rank's slice of all keys
+    and values. Its backward returns each rank's partial key and value gradients to the owner of the slice, which
+    adds them.
+    """
+
+    name = "sequence"
+
+    def to_heads(self, mixed: Tensor) -> QKV:
+        """[s, b, slots · d/n] -> queries (and gates) [s/n, b, h/m, d], keys and values [s, b, g/m, d]."""
+        s, b, _ = mixed.shape
+        layout, n = self.layout, self.n
+        slots = mixed.view(s, b, layout.groups, layout.query_slots + 2, layout.width)
+        queries, keys_values = slots.split([layout.query_slots, 2], dim=3)
+        # [s, b, ..] -> [n, s/n · b · ..]: for each rank of the dim group its early and its late chunk
+        early, late = queries.unflatten(0, (2, n, -1)).unbind(0)
+        chunks = torch.stack((early, late.flip(0)), dim=1).view(n, -1)
+        everyone = keys_values.reshape(1, -1).expand(n, -1)
+        traded = all_to_all(self.groups.dim, torch.cat((chunks, everyone), dim=1))
+        own, whole = traded.split([chunks.shape[1], everyone.shape[1]], dim=1)
+        # [n, s/n, b, g/m, slots, d/n] -> [s/n, b, g/m, slots, d], and the same for the s keys and values
+        own = own.view(n, s // n, b, layout.groups, layout.query_slots, layout.width)
+        own = own.permute(1, 2, 3, 4, 0, 5).flatten(4)
+        whole = whole.view(n, s, b, layout.groups, 2, layout.width).permute(1, 2, 3, 4, 0, 5).flatten(4)
+        query, gate = own[:, :, :, : layout.queries], own[:, :, :, layout.queries :]
+        key, value = whole.unbind(dim=3)
+        return QKV(query.flatten(2, 3), gate.flatten(2, 3) if layout.gate else None, key, value)
+
+    def to_slices(self, context: Tensor) -> Tensor:
+        """[s/n, b, h/m · d] -> [s, b, h/m · d/n]."""
+        share, b, _ = context.shape
+        blocks = context.view(share, b, self.layout.heads, self.n, self.layout.width).permute(3, 0, 1, 2, 4)
+        traded = all_to_all(self.groups.dim, blocks.contiguous())
+        # [n, s/n, b, h/m, d/n] -> [s, b, h/m · d/n]: the chunks back into the order of the sequence
+        early, late = traded.view(self.n, 2, share // 2, b, -1).unbind(1)
+        return torch.cat((early, late.flip(0))).flatten(0, 1)
+
+    def own_positions(self, tokens: Tensor, axis: int = 0) -> Tensor:
+        """This rank's early and late chunk of an axis of s positions."""
+        early, late = self.own_chunks
+        chunks = tokens.chunk(2 * self.n, dim=axis)
+        return torch.cat((chunks[early], chunks[late]), dim=axis)
+
+    @property
+    def own_chunks(self) -> tuple[int, int]:
+        """This rank's (early, late) chunk of 2n."""
+        return self.j, 2 * self.n - 1 - self.j
+
+    def rotary_share(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries rotate by their own positions, keys by all."""
+        return self.own_positions(embedding), embedding

@@ -1,0 +1,1 @@
+"""Inner attention of the exchanges that stock Megatron-Core attention cannot serve."""

@@ -1,0 +1,1 @@
+"""Where the grid meets Megatron-Core's names: registration, layer specs."""

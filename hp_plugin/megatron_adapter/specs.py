@@ -1,0 +1,89 @@
+"""Takes stock layer specs and returns them with the grid's attention, and norms that know sequence parallelism."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, _get_block_submodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hp_plugin.attention import HeadDimSelfAttention
+
+
+class SequenceParallelTorchNorm:
+    """Megatron-Core's `WrappedTorchNorm` where sequence parallelism is on, which it refuses.
+
+    Builds the plain torch norm with the switch off and marks its parameters `sequence_parallel`, so that Megatron's
+    gradient finalization sums them over the TP group, as it does for Apex and Transformer Engine norms.
+    """
+
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = WrappedTorchNorm(plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+
+def head_dim_spec(
+    layer_spec: ModuleSpec | TransformerBlockSubmodules,
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Any stock GPT layer or block spec with `HeadDimSelfAttention` for `SelfAttention`, and fitting norms.
+
+    Raises:
+        ValueError: the spec has no `SelfAttention` to replace.
+    """
+    swapped = _replaced(layer_spec, {SelfAttention: HeadDimSelfAttention})
+    if swapped is layer_spec:
+        raise ValueError(
+            f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
+        )
+    return sequence_parallel_norms(swapped, config, vp_stage)
+
+
+def sequence_parallel_norms(
+    layer_spec: ModuleSpec | TransformerBlockSubmodules,
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec with norms that sequence parallelism can use, for stock attention as well as the grid's.
+
+    A layer spec becomes a block spec, of the layers of this (virtual) pipeline stage, where the block's final norm has
+    to change too.
+    """
+    if not config.sequence_parallel:
+        return layer_spec
+    block = layer_spec
+    if isinstance(layer_spec, ModuleSpec):
+        block = _get_block_submodules(config, layer_spec, vp_stage)
+    swapped = _replaced(block, {WrappedTorchNorm: SequenceParallelTorchNorm})
+    return layer_spec if swapped is block else swapped
+
+
+def _replaced(spec: Any, classes: dict[type, type]) -> Any:
+    """A copy of a spec tree with classes replaced; the very same object where nothing is."""
+    if isinstance(spec, type):
+        return classes.get(spec, spec)
+    if isinstance(spec, (list, tuple)):
+        items = [_replaced(item, classes) for item in spec]
+        changed = any(new is not old for new, old in zip(items, spec, strict=True))
+        return type(spec)(items) if changed else spec
+    if not is_dataclass(spec):
+        return spec
+    names = ["module", "submodules"] if isinstance(spec, ModuleSpec) else [f.name for f in fields(spec)]
+    changes = {name: _replaced(getattr(spec, name), classes) for name in names}
+    if all(new is getattr(spec, name) for name, new in changes.items()):
+        return spec
+    result = copy.copy(spec)
+    for name, new in changes.items():
+        setattr(result, name, new)
+    return result
