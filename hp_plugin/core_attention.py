@@ -64,8 +64,6 @@ class HeadDimCoreAttention:
         )
         self._window = tuple(config.window_size) if windowed else None
         self.caching = False
-        if "scores" in exchanges and groups.grid.n > 1 and self._dropout > 0:
-            ensure_head_parallel_rng(groups.dim)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -117,6 +115,7 @@ class HeadDimCoreAttention:
 
         if not (self.training and self._dropout):
             return attend(0.0, None)
+        ensure_head_parallel_rng(self._groups.dim)
         with get_cuda_rng_tracker().fork(HEAD_PARALLEL_RNG):
             state = torch.cuda.get_rng_state(query.device) if query.is_cuda else torch.get_rng_state()
             return attend(self._dropout, state)

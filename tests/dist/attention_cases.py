@@ -73,7 +73,6 @@ def build(case: Case, head_dim: HeadDimConfig | None, h: int, g: int, d: int) ->
         num_query_groups=g,
         kv_channels=d,
         use_cpu_initialization=True,
-        attention_dropout=0.0,
         hidden_dropout=0.0,
         rotary_interleaved=bool(case.rope and case.rope.get("rotary_interleaved")),
         params_dtype=case.dtype,
@@ -81,7 +80,7 @@ def build(case: Case, head_dim: HeadDimConfig | None, h: int, g: int, d: int) ->
         fp16=case.dtype == torch.float16,
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=False,
-        **case.config,
+        **{"attention_dropout": 0.0, **case.config},
     )
     if head_dim is None:
         config = TransformerConfig(**common)
@@ -160,7 +159,7 @@ def step(module: nn.Module, inputs: Tensor, weights: Tensor, mask: Tensor | None
 
 
 def reference(case: Case, dtype: torch.dtype | None = None) -> Result:
-    """Stock attention at TP = 1 (for `local`: with h · n heads and g · n groups of d/n); optionally in another dtype."""
+    """Stock attention at TP = 1 (`local`: with h · n heads and g · n groups of d/n); optionally in another dtype."""
     parallel_state.initialize_model_parallel()
     cut = case.n if case.exchange == "local" else 1
     module = build(case, None, case.h * cut, case.g * cut, case.d // cut)
@@ -207,7 +206,7 @@ def own_rows(case: Case) -> slice:
 def share(case: Case, module: nn.Module, name: str, whole: Tensor) -> Tensor:
     """This rank's part of a tensor of the reference."""
     rank, size = parallel_state.get_tensor_model_parallel_rank(), case.m * case.n
-    layer, _, kind = name.partition(".")
+    layer = name.partition(".")[0]
     if layer not in ("linear_qkv", "linear_proj") or name == "linear_proj.bias":
         return whole
     axis = 0 if layer == "linear_qkv" else 1
@@ -235,7 +234,8 @@ def differences(case: Case) -> dict[str, float]:
         "input": relative(grid.grad_input, stock.grad_input[rows]),
     }
     for name, gradient in grid.grads.items():
-        if "layernorm" in name:  # as Megatron's gradient finalization does, by name
+        # Megatron's gradient finalization sums these: by name, and what sequence parallelism marked.
+        if "layernorm" in name or getattr(module.get_parameter(name), "sequence_parallel", False):
             dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
         found[name] = relative(gradient, share(case, module, name, stock.grads[name]))
     parallel_state.destroy_model_parallel()

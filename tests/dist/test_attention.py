@@ -1,7 +1,6 @@
 """The grid's attention is stock attention: output, input gradient and every parameter gradient."""
 
 import pytest
-import torch
 
 from tests.dist.attention_cases import Case, differences
 from tests.ranks import Ranks
