@@ -1,0 +1,1 @@
+"""Measured side-by-side of stock and grid layouts."""

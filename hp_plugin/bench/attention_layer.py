@@ -1,0 +1,151 @@
+"""One attention layer, grid against stock on the same ranks.
+
+    torchrun --nproc-per-node 8 -m hp_plugin.bench.attention_layer
+
+Both layers have the same weights and TP size, must give the same output, and take turns forward and backward; printed
+is the ratio of the medians. Stock tensor parallelism beyond the query groups gathers the whole QKV activation on every
+rank (Megatron-Core `SelfAttention`), which is what the grid avoids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from hp_plugin import cpu_backend
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.exchange_rules import RULES
+from hp_plugin.megatron_adapter.specs import head_dim_spec
+from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
+from hp_plugin.transformer_config import HeadDimTransformerConfig, attention_shape
+
+
+def main() -> None:
+    """Parses the shape, builds both layers, compares their outputs, then times them in turns."""
+    args = _arguments()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if not cuda:
+        cpu_backend.enable()
+        torch.set_num_threads(1)
+    device = torch.device("cuda" if cuda else "cpu")
+    head_dim = HeadDimConfig.parse(args.head_dim_parallel, args.head_dim_exchange)
+    initialize_head_dim_parallel(head_dim)
+    layers = {"stock": _layer(args, None).to(device), "grid": _layer(args, head_dim).to(device)}
+    shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+    _require_same(layers, inputs)
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    for round_ in range(args.warmup + args.rounds):
+        for name, layer in layers.items():
+            seconds = _step(layer, inputs)
+            if round_ >= args.warmup:
+                times[name].append(seconds)
+    if dist.get_rank() == 0:
+        _report(args, head_dim, times)
+    dist.destroy_process_group()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dim-parallel", default="2,4", help="m,n with m · n = the number of ranks")
+    parser.add_argument("--head-dim-exchange", default="auto")
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--num-attention-heads", type=int, default=16)
+    parser.add_argument("--num-query-groups", type=int, default=2)
+    parser.add_argument("--kv-channels", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=3)
+    return parser.parse_args()
+
+
+def _layer(args: argparse.Namespace, head_dim: HeadDimConfig | None) -> nn.Module:
+    settings: dict[str, Any] = dict(
+        num_layers=1,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        tensor_model_parallel_size=dist.get_world_size(),
+        use_cpu_initialization=True,
+        attention_dropout=0.0,
+    )
+    config = (
+        TransformerConfig(**settings)
+        if head_dim is None
+        else HeadDimTransformerConfig(**settings, head_dim_parallel=head_dim)
+    )
+    spec = get_gpt_layer_local_spec()
+    spec = spec if head_dim is None else head_dim_spec(spec, config)
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+    return build_module(spec.submodules.self_attention, config=config, layer_number=1)
+
+
+def _require_same(layers: dict[str, nn.Module], inputs: Tensor) -> None:
+    outputs = {name: layer(inputs, None)[0] for name, layer in layers.items()}
+    difference = (outputs["stock"] - outputs["grid"]).abs().max() / outputs["stock"].abs().max()
+    if not difference < 1e-5:
+        raise SystemExit(f"the layers differ by {difference:.1e} of the largest output: nothing to compare")
+
+
+def _step(layer: nn.Module, inputs: Tensor) -> float:
+    """Seconds of one forward and backward pass, the slowest rank's."""
+    inputs = inputs.detach().requires_grad_()
+    dist.barrier()
+    start = time.perf_counter()
+    output, _ = layer(inputs, None)
+    output.backward(torch.ones_like(output))
+    if inputs.is_cuda:
+        torch.cuda.synchronize()
+    seconds = torch.tensor(time.perf_counter() - start, device=inputs.device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def _report(args: argparse.Namespace, head_dim: HeadDimConfig, times: dict[str, list[float]]) -> None:
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print(
+        f"attention layer, {dist.get_world_size()} ranks, s={args.seq_length} b={args.micro_batch_size} "
+        f"D={args.hidden_size} h={args.num_attention_heads} g={args.num_query_groups} d={args.kv_channels}, "
+        f"{args.rounds} interleaved rounds"
+    )
+    for name, values in times.items():
+        low, high = min(values) * 1e3, max(values) * 1e3
+        print(f"  {name:5s} median {median[name] * 1e3:8.1f} ms   (min {low:.1f}, max {high:.1f})")
+    print(f"  grid {head_dim.m}x{head_dim.n} is {median['stock'] / median['grid']:.2f} times as fast as stock")
+    shape = attention_shape(
+        HeadDimTransformerConfig(
+            num_layers=1,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups,
+            kv_channels=args.kv_channels,
+            head_dim_parallel=head_dim,
+        ),
+        head_dim,
+        args.micro_batch_size,
+        args.seq_length,
+    )
+    tp, qkv = dist.get_world_size(), (args.num_attention_heads + 2 * args.num_query_groups) * args.kv_channels
+    gathered = args.seq_length * args.micro_batch_size * qkv * (tp - 1) // tp if args.num_query_groups < tp else 0
+    moved = RULES[head_dim.check_shape(shape)].elements(shape)
+    print(f"  elements received around attention, per rank, forward: stock {gathered:,}, grid {moved:,}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*is recommended to set the environment variable")
+    main()
