@@ -26,7 +26,7 @@ class HeadDimCoreAttention:
 
     Which attention runs follows from the shapes alone, because selective recompute calls again in backward, when
     `auto` may already have picked another exchange for the next micro-batch: slices of heads are `scores`, fewer
-    queries than keys are `sequence`, anything else is stock.
+    queries than keys are `sequence` (unless `caching`, as in stock inference), anything else is stock.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class HeadDimCoreAttention:
     ) -> Tensor:
         if query.shape[-1] != self._channels:
             return self._scores(query, key, value, self._effective_mask(attention_mask))
-        if query.shape[0] != key.shape[0] and not self.caching:
+        if "sequence" in self._exchanges and query.shape[0] != key.shape[0] and not self.caching:
             return self._sequence(query, key, value, self._effective_mask(attention_mask))
         return super().forward(query, key, value, attention_mask, **kwargs)
 

@@ -37,7 +37,7 @@ def sequence_attention(
     """
     size = query.shape[0] // 2
     share = query.shape[2] // key.shape[2]
-    in_place = query.is_cuda and query.shape[3] <= FLASH_HEAD_DIM
+    in_place = query.is_cuda and query.shape[3] <= FLASH_HEAD_DIM and mask is None and window is None
     if share > 1 and not in_place:
         key, value = key.repeat_interleave(share, dim=2), value.repeat_interleave(share, dim=2)
     # [s, b, heads, d] -> [b, heads, s, d]
