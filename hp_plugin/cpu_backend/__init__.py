@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import torch
 
-from hp_plugin.cpu_backend import communication, cuda_calls, devices, random_states
+from hp_plugin.cpu_backend import communication, cuda_calls, devices, missing_packages, random_states
 from hp_plugin.cpu_backend.hook import Hook
 
 __all__ = ["HOOKS", "Hook", "enable", "is_enabled"]
 
-HOOKS: list[Hook] = [*devices.HOOKS, *cuda_calls.HOOKS, *random_states.HOOKS, *communication.HOOKS]
+HOOKS: list[Hook] = [
+    *devices.HOOKS,
+    *cuda_calls.HOOKS,
+    *random_states.HOOKS,
+    *communication.HOOKS,
+    *missing_packages.HOOKS,
+]
 
 _enabled = False
 

@@ -41,7 +41,7 @@ class Hook:
             if not _accepts(found, self.parameters):
                 self._refuse(f"parameters ({', '.join(found)})", f"({', '.join(self.parameters)})")
         if self.fragment is not None and self.fragment[1] not in inspect.getsource(_resolve(self.fragment[0])):
-            self._refuse(f"a {self.fragment[0]} without the line", repr(self.fragment[1]))
+            self._refuse(f"no such line in {self.fragment[0]}", f"the line {self.fragment[1]!r}")
 
     def apply(self) -> None:
         """Put the replacement in place, for the rest of the process."""
