@@ -1,0 +1,212 @@
+"""The house's floors: who may import whom, what may be imported at all, and that importing changes nothing."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "hp_plugin"
+
+# Module or package -> (floor, step on that floor). A module imports only what stands lower, or its own package.
+PLACES = {
+    "hp_plugin": (0, 0),  # the package root: the version, and names that are loaded on first use
+    "hp_plugin.exchange_rules": (0, 1),
+    "hp_plugin.config": (0, 2),
+    "hp_plugin.grid": (0, 3),
+    "hp_plugin.sharding": (0, 4),
+    "hp_plugin.cost": (0, 5),
+    "hp_plugin.groups": (1, 0),
+    "hp_plugin.cpu_backend": (1, 0),
+    "hp_plugin.exchange": (1, 1),
+    "hp_plugin.inner_attention": (1, 2),
+    "hp_plugin.transformer_config": (2, 0),
+    "hp_plugin.checkpoint_slices": (2, 0),
+    "hp_plugin.core_attention": (2, 0),
+    "hp_plugin.layers": (2, 1),
+    "hp_plugin.attention": (2, 2),
+    "hp_plugin.megatron_adapter": (3, 0),
+    "hp_plugin.deepspeed_adapter": (3, 0),
+    "hp_plugin.training": (4, 0),
+    "hp_plugin.bench": (4, 1),
+    "hp_plugin.megatron_adapter.launch": (5, 0),
+    "hp_plugin.deepspeed_adapter.engine": (5, 0),
+    "hp_plugin.doctor": (5, 0),
+    "hp_plugin.plan_cli": (5, 0),
+    "hp_plugin.cli": (5, 1),
+}
+# Drawing is the one thing on floor 0 that needs more than Python, and only when a picture is asked for.
+LAZY_ON_FLOOR_0 = {"matplotlib"}
+# Read, because torch's launcher sets them; no option is an environment variable.
+LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def home(module: str) -> str:
+    """The longest entry of PLACES that is `module` or a package around it."""
+    name = module
+    while name not in PLACES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imports(module: str) -> Iterator[tuple[str, bool, int]]:
+    """Everything a module imports anywhere in it: full name, whether it is lazy, line."""
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) not in top, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module), id(node) not in top, node.lineno
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_stands_below_it(module: str) -> None:
+    if module == "hp_plugin":
+        pytest.skip("names what it loads on first use")
+    assert home(module) != "hp_plugin", f"{module} has no place in PLACES yet: give it a floor"
+    for imported, _, line in imports(module):
+        if imported.split(".")[0] != "hp_plugin" or home(imported) == home(module):
+            continue
+        assert PLACES[home(imported)] < PLACES[home(module)], f"{module}:{line} imports {imported}, not below it"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_upstream_is_imported_only_where_it_belongs(module: str) -> None:
+    floor = PLACES[home(module)][0]
+    for imported, lazy, line in imports(module):
+        top = imported.split(".")[0]
+        where = f"{module}:{line} imports {imported}"
+        if floor == 0:
+            known = top in sys.stdlib_module_names or top == "hp_plugin" or (lazy and top in LAZY_ON_FLOOR_0)
+            assert known, f"{where} on the floor of the standard library"
+        if top == "deepspeed":
+            assert module.startswith("hp_plugin.deepspeed_adapter"), where
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_option_is_an_environment_variable(module: str) -> None:
+    text = MODULES[module].read_text("utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+            line = text.splitlines()[node.lineno - 1]
+            assert any(f'"{name}"' in line for name in LAUNCHER_VARIABLES), f"{module}:{node.lineno}: {line.strip()}"
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints for `code`; fails with its stderr if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_floor_0_and_the_command_line_run_without_torch() -> None:
+    modules = [name for name in MODULES if PLACES[home(name)][0] == 0] + ["hp_plugin.cli", "hp_plugin.doctor"]
+    run_python(
+        "import importlib, sys\n"
+        "for name in ('torch', 'numpy', 'megatron', 'deepspeed', 'matplotlib', 'packaging'): sys.modules[name] = None\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+    )
+
+
+def test_importing_the_package_loads_no_framework() -> None:
+    loaded = json.loads(run_python("import json, sys, hp_plugin; print(json.dumps(sorted(sys.modules)))"))
+    assert "hp_plugin" in loaded
+    assert not {"torch", "numpy", "megatron.core", "deepspeed"} & set(loaded)
+
+
+def test_every_public_name_is_there() -> None:
+    output = run_python(
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import hp_plugin\n"
+        "for name in hp_plugin.__all__: print(name, getattr(hp_plugin, name).__name__)\n"
+    )
+    lines = [line.split() for line in output.splitlines()]
+    assert lines and all(public == own for public, own in lines)
+
+
+# Takes stock of everything an import could change behind the caller's back, imports every module of ours, and compares.
+# Upstream is imported first: what it changes by itself is not ours.
+STOCKTAKING = """
+import importlib, json, logging, os, random, signal, sys, threading, warnings
+warnings.simplefilter("ignore")
+import numpy, torch, torch.distributed
+import megatron.core.parallel_state as parallel_state
+import megatron.core.models.gpt, megatron.core.models.gpt.gpt_layer_specs, megatron.core.optimizer
+import megatron.core.distributed, megatron.core.pipeline_parallel, megatron.core.tensor_parallel.random
+import megatron.core.datasets.gpt_dataset, megatron.core.datasets.blended_megatron_dataset_builder
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+patched = [torch, torch.Tensor, torch.cuda, torch.distributed, torch.nn.Module, torch.autograd, parallel_state]
+patched += [TransformerConfig] + [m for n, m in sorted(sys.modules.items()) if n.startswith("megatron.core") and m]
+
+def stock():
+    return {
+        "environment": dict(os.environ),
+        "sys.path": list(sys.path),
+        "working directory": os.getcwd(),
+        "warning filters": [repr(f) for f in warnings.filters],
+        "root logger": (logging.root.level, len(logging.root.handlers)),
+        "signal handlers": [repr(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+        "threads": threading.active_count(),
+        "excepthook": id(sys.excepthook),
+        "generators": (repr(random.getstate()), repr(numpy.random.get_state()), torch.get_rng_state().tolist()),
+        "torch": (str(torch.get_default_dtype()), torch.get_num_threads(), torch.is_grad_enabled()),
+        "distributed": torch.distributed.is_initialized(),
+    }
+
+before, names = stock(), [dict(vars(owner)) for owner in patched]
+for module in json.loads(sys.argv[1]):
+    importlib.import_module(module)
+changed = [key for key, value in stock().items() if value != before[key]]
+for owner, old in zip(patched, names):
+    new = vars(owner)
+    changed += [f"{owner.__name__}.{name}" for name, value in old.items() if new.get(name) is not value]
+print(json.dumps(changed))
+"""
+
+
+def test_importing_any_module_changes_nothing_else() -> None:
+    # DeepSpeed sets things up when it is imported, and is imported only by its adapter.
+    modules = [name for name in MODULES if not name.startswith("hp_plugin.deepspeed_adapter")]
+    done = subprocess.run(
+        [sys.executable, "-c", STOCKTAKING, json.dumps(modules)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, f"importing printed: {done.stdout}"
+    assert json.loads(done.stdout) == []
+
+
+def test_no_directory_shadows_upstream() -> None:
+    # A folder of this name with an __init__.py, on sys.path, hides the namespace package `megatron`.
+    ours = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    names = {child.name for top in ours for child in [top, *top.rglob("*")] if child.is_dir()}
+    assert names.isdisjoint({"megatron", "deepspeed"})
+    assert "hp_plugin" in names
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    assert not [name for name in MODULES if name.endswith((".utils", ".helpers", ".common", ".misc"))]
