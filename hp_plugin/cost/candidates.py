@@ -1,0 +1,104 @@
+"""Every layout worth predicting for a model on a number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.workload import Workload
+from hp_plugin.exchange_rules import RULES
+
+MIN_CONTEXT_SHARE = 2048
+"""Positions per context-parallel rank below which context parallelism is not tried."""
+
+MAX_TENSOR_PARALLEL = 64
+"""Largest TP size tried."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to try beside the sizes themselves.
+
+    Args:
+        exchanges: exchanges of grids. tp_overlap: also layouts with `--tp-comm-overlap`.
+        max_micro_batch: largest micro-batch. micro_batches: only layouts with this many micro-batches per step.
+    """
+
+    exchanges: tuple[str, ...] = tuple(RULES)
+    tp_overlap: bool = False
+    max_micro_batch: int = 64
+    micro_batches: int | None = None
+
+
+def candidates(model: ModelShape, gpus: int, workload: Workload, search: Search) -> Iterator[Layout]:
+    """Layouts on `gpus` ranks that divide evenly; whether they can run the model is checked by the prediction."""
+    for tp in (size for size in _divisors(gpus) if size <= MAX_TENSOR_PARALLEL):
+        for pp in _divisors(gpus // tp):
+            if pp > model.layers:
+                continue
+            for cp in _context_sizes(gpus // (tp * pp), workload):
+                dp = gpus // (tp * pp * cp)
+                for grid in (None, *_grids(tp, search)):
+                    yield from _sized(model, workload, search, tp, grid, pp, cp, dp)
+
+
+def _context_sizes(ranks: int, workload: Workload) -> list[int]:
+    if workload.mode == "decode":
+        return [1]
+    return [cp for cp in _divisors(ranks) if cp == 1 or workload.seq // cp >= MIN_CONTEXT_SHARE]
+
+
+def _grids(tp: int, search: Search) -> Iterator[HeadDimConfig]:
+    # A grid with n = 1 is stock attention.
+    for n in _divisors(tp):
+        if n > 1:
+            yield from (HeadDimConfig(tp // n, n, exchange) for exchange in search.exchanges)
+
+
+def _sized(
+    model: ModelShape,
+    workload: Workload,
+    search: Search,
+    tp: int,
+    grid: HeadDimConfig | None,
+    pp: int,
+    cp: int,
+    dp: int,
+) -> Iterator[Layout]:
+    if workload.global_batch % dp:
+        return
+    per_replica = workload.global_batch // dp
+    decode = workload.mode == "decode"
+    largest = per_replica if decode else search.max_micro_batch
+    for micro_batch in (size for size in _divisors(per_replica) if size <= largest):
+        if search.micro_batches is not None and per_replica // micro_batch != search.micro_batches:
+            continue
+        for vpp in _virtual_sizes(model, pp, per_replica // micro_batch, decode):
+            for sp in (False,) if tp == 1 or decode else (False, True):
+                for overlap in (False, True) if sp and search.tp_overlap else (False,):
+                    for ep, moe in _experts(model, tp, cp * dp):
+                        yield Layout(
+                            tp, grid, pp, vpp, cp, dp, ep, sp, overlap, micro_batch, moe=moe
+                        )  # fmt: skip
+
+
+def _virtual_sizes(model: ModelShape, pp: int, micro_batches: int, decode: bool) -> list[int]:
+    if pp == 1 or decode or model.layers % pp or micro_batches % pp:
+        return [1]
+    return _divisors(model.layers // pp)
+
+
+def _experts(model: ModelShape, tp: int, replicas: int) -> list[tuple[int, str]]:
+    if not model.experts:
+        return [(1, "megatron")]
+    sizes = [ep for ep in _divisors(model.experts) if (tp * replicas) % ep == 0]
+    # Experts on every rank are of interest only where they cannot be spread.
+    sizes = [ep for ep in sizes if ep > 1] or [1]
+    return [(ep, moe) for ep in sizes for moe in ("megatron", "deepspeed")]
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,61 @@
+"""Before the first and after the last layer: embedding, final norm, logits and loss."""
+
+from __future__ import annotations
+
+from hp_plugin.cost.layer_program import Passes
+from hp_plugin.cost.linear_program import column_backward, column_forward
+from hp_plugin.cost.program import Block, Collective, Stream
+from hp_plugin.cost.share import Share
+
+UNFUSED_LOSS_BYTES = 30.0
+"""Memory traffic of PyTorch's cross entropy per 16-bit logit: cast up (6), log-softmax (8), its gradient (8), cast
+down (6), and the logits' own write (2)."""
+
+PARALLEL_LOSS_BYTES = 54.0
+"""The same for Megatron-Core's vocabulary-parallel cross entropy (`tensor_parallel/cross_entropy.py`), counted kernel
+by kernel: cast, maximum, subtraction, exponential, sum, division, and the scaled gradient, in fp32."""
+
+
+def embedding(share: Share) -> Passes:
+    """Token (and position) embedding: vocabulary-parallel, summed over the TP group."""
+    if not share.model.vocab:
+        return Passes((), ())
+    reads = 3 if share.model.learned_positions else 2
+    look_up = Stream("embedding", reads * share.hidden_bytes)
+    spread: tuple[Collective, ...] = ()
+    gather: tuple[Collective, ...] = ()
+    if share.P > 1:
+        kind = "reduce_scatter" if share.sp else "all_reduce"
+        spread = (Collective("embedding: sum", kind, "tp", share.hidden_bytes),)
+        if share.sp:
+            gather = (Collective("embedding: gather gradient", "all_gather", "tp", share.hidden_bytes),)
+    return Passes(
+        (Block((look_up,), spread),),
+        (Block((), gather), Block((Stream("embedding gradient", reads * share.hidden_bytes),))),
+    )
+
+
+def head(share: Share) -> Passes:
+    """Final norm, logits and cross entropy; without a vocabulary the norm alone."""
+    norm = Block((Stream("final norm", 2 * share.between_bytes),))
+    norm_gradient = Block((Stream("final norm gradient", 3 * share.between_bytes),))
+    model = share.model
+    if not model.vocab:
+        return Passes((norm,), (norm_gradient,))
+    rows = -(-model.vocab // share.P)
+    logits = float(rows * share.tokens)
+    per_logit = PARALLEL_LOSS_BYTES if share.layout.fused else UNFUSED_LOSS_BYTES
+    sums: tuple[Collective, ...] = ()
+    if share.P > 1:
+        size = 4.0 * share.tokens
+        sums = tuple(
+            Collective(f"loss: {what}", "all_reduce", "tp", size)
+            for what in ("largest logit", "target logit", "sum of exponentials")
+        )
+    # Forward carries two thirds of the loss kernels' traffic.
+    loss = Block((Stream("loss", per_logit * logits * 2 / 3),), sums)
+    loss_gradient = Block((Stream("loss gradient", per_logit * logits / 3),))
+    return Passes(
+        (norm, *column_forward(share, "logits", rows), loss),
+        (loss_gradient, *column_backward(share, "logits", rows), norm_gradient),
+    )

@@ -1,0 +1,74 @@
+"""Pictures of predictions, with matplotlib where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hp_plugin.cost.predict import Prediction
+
+COLOURS = {"F": "#4c78a8", "B": "#f58518", "pipeline": "#bab0ac", "gradients": "#54a24b", "optimizer": "#b279a2"}
+
+
+def draw_timeline(prediction: Prediction, path: Path) -> None:
+    """One row per pipeline stage and lane: forward and backward passes, sends, gradients, optimizer.
+
+    Raises:
+        ValueError: matplotlib is missing, there is nothing to draw, or the file cannot be written.
+    """
+    if not prediction.events:
+        raise ValueError(f"{prediction.layout}: continuous decode has no single step to draw")
+    pyplot = _pyplot()
+    ranks = sorted({event.rank for event in prediction.events})
+    figure, axes = pyplot.subplots(figsize=(12, 1.2 + 0.7 * len(ranks)))
+    for event in prediction.events:
+        # The gradients' own lane is drawn below the passes it runs beside.
+        low, high = (0.05, 0.3) if event.lane == "gradients" else (0.35, 0.95)
+        colour = COLOURS[event.name[0] if event.lane == "passes" else event.lane]
+        row = len(ranks) - 1 - event.rank
+        span = [(event.start * 1e3, (event.end - event.start) * 1e3)]
+        axes.broken_barh(span, (row + low, high - low), facecolors=colour, edgecolor="white", linewidth=0.2)
+    axes.set_yticks([len(ranks) - 0.5 - rank for rank in ranks], [f"stage {rank}" for rank in ranks])
+    axes.set_xlabel("ms")
+    axes.set_title(f"{prediction.model.name}: {prediction.layout}, one {prediction.workload.mode} step (predicted)")
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], x: str, path: Path) -> None:
+    """Tokens per second against one quantity, one line per layout.
+
+    Raises:
+        ValueError: matplotlib is missing or the file cannot be written.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, points in curves.items():
+        axes.plot([at for at, _ in points], [value for _, value in points], marker="o", markersize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(x)
+    axes.set_ylabel("tokens/s (predicted)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib (or hp-plugin[plot])") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from None

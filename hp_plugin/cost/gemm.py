@@ -1,0 +1,114 @@
+"""How long a matrix multiplication takes, from a table of measured rates by shape."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import product
+from math import exp, log, log2
+from pathlib import Path
+
+TILE = 128
+"""Output rows and columns below which a tensor-core tile is padded (H100 CUTLASS tiles are 128 wide)."""
+
+_AXES = ("batch", "m", "n", "k")
+
+
+class GemmTable:
+    """Rates over a full grid of (batch, m, n, k), powers of two, straight between points on log axes.
+
+    Args:
+        rows: (batch, m, n, k, operations per second), every combination of the values that occur once.
+        source: where the figures come from.
+
+    Raises:
+        ValueError: a value that is not positive, or a combination that is missing or given twice.
+    """
+
+    def __init__(self, rows: Iterable[tuple[int, int, int, int, float]], source: str) -> None:
+        self.source = source
+        self._log_rate: dict[tuple[int, ...], float] = {}
+        for *shape, rate in rows:
+            key = tuple(int(size) for size in shape)
+            if min(*key, rate) <= 0:
+                raise ValueError(f"GEMM table: batch, m, n, k and rate must be positive, got {(*key, rate)}")
+            if key in self._log_rate:
+                raise ValueError(f"GEMM table: shape {key} is given twice")
+            self._log_rate[key] = log(rate)
+        self._axes = [sorted({key[axis] for key in self._log_rate}) for axis in range(4)]
+        if not self._log_rate:
+            raise ValueError("GEMM table: no rows")
+        for key in product(*self._axes):
+            if key not in self._log_rate:
+                named = ", ".join(f"{name}={size}" for name, size in zip(_AXES, key, strict=True))
+                raise ValueError(f"GEMM table: no row for {named}; the table must be a full grid of its sizes")
+        self.rate = lru_cache(maxsize=None)(self._rate)
+
+    @classmethod
+    def from_csv(cls, path: Path) -> GemmTable:
+        """Reads a table with the columns batch, m, n, k and tflops (10¹² operations per second).
+
+        Raises:
+            ValueError: a column is missing or a line is malformed; the message names the line.
+        """
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in (*_AXES, "tflops") if name not in (reader.fieldnames or [])]
+            if missing:
+                raise ValueError(f"{path}, line 1: GEMM table needs the columns batch,m,n,k,tflops; missing {missing}")
+            rows = []
+            for record in reader:
+                try:
+                    batch, m, n, k = (int(record[name]) for name in _AXES)
+                    rows.append((batch, m, n, k, float(record["tflops"]) * 1e12))
+                except (TypeError, ValueError):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected four integers and a number, got "
+                        f"{','.join(str(value) for value in record.values())}"
+                    ) from None
+        return cls(rows, str(path))
+
+    @property
+    def peak(self) -> float:
+        """The best rate in the table, operations per second."""
+        return exp(max(self._log_rate.values()))
+
+    def _rate(self, batch: int, m: int, n: int, k: int) -> float:
+        """Operations per second at this shape, padding of small sides to `TILE` paid for."""
+        largest = self._axes[0][-1]
+        if batch > largest:
+            # Beyond the table more matrices are more output tiles, which is all that a longer m is.
+            m_tiles, batch = _padded(m) * batch / largest, largest
+        else:
+            m_tiles = _padded(m)
+        point = (float(batch), m_tiles, _padded(n), float(k))
+        rate = exp(sum(weight * self._log_rate[key] for key, weight in self._corners(point)))
+        return rate * (m / _padded(m)) * (n / _padded(n))
+
+    def _corners(self, point: tuple[float, ...]) -> list[tuple[tuple[int, ...], float]]:
+        """Table shapes around a point and their weights; below the table the lowest slope goes on."""
+        sides: list[list[tuple[int, float]]] = []
+        for axis, value in zip(self._axes, point, strict=True):
+            value = min(value, axis[-1])
+            upper = next((at for at in range(1, len(axis)) if value <= axis[at]), len(axis) - 1)
+            if upper == 0 or len(axis) == 1:
+                sides.append([(axis[0], 1.0)])
+                continue
+            low, high = axis[upper - 1], axis[upper]
+            share = log2(value / low) / log2(high / low)
+            sides.append([(low, 1.0 - share), (high, share)])
+        return [
+            (tuple(size for size, _ in corner), _product(weight for _, weight in corner)) for corner in product(*sides)
+        ]
+
+
+def _padded(side: int) -> float:
+    return float(max(side, TILE))
+
+
+def _product(factors: Iterable[float]) -> float:
+    total = 1.0
+    for factor in factors:
+        total *= factor
+    return total

@@ -1,0 +1,67 @@
+"""Data-parallel traffic of one step: gradient reductions and weight gathers, in Megatron-Core's buckets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hp_plugin.cost.program import Collective
+from hp_plugin.cost.share import Share
+from hp_plugin.cost.stages import RankParameters
+
+
+def bucket_parameters(replicas: int) -> int:
+    """Megatron-Core's default bucket, in parameters (`DistributedDataParallel.__init__`)."""
+    return max(40_000_000, 1_000_000 * replicas)
+
+
+@dataclass(frozen=True)
+class Sync:
+    """The collectives of one chunk: gradients in the order their buckets fill, weights in the order they are used."""
+
+    gradients: tuple[Collective, ...]
+    weights: tuple[Collective, ...]
+
+
+def chunk_sync(share: Share, parameters: RankParameters) -> Sync:
+    """Reductions and gathers of one model chunk; fully sharded data parallelism has them in every pass instead."""
+    layout, workload = share.layout, share.workload
+    if not workload.training or layout.zero == "full":
+        return Sync((), ())
+    gradients: list[Collective] = []
+    weights: list[Collective] = []
+    groups = (
+        ("dp", parameters.dense, layout.dp * layout.cp),
+        ("edp", parameters.experts, max(1, layout.tp * layout.cp * layout.dp // layout.ep)),
+    )
+    for axis, count, replicas in groups:
+        if not count or replicas == 1:
+            continue
+        buckets = max(1, round(count / bucket_parameters(replicas)))
+        size = count / buckets
+        kind = "all_reduce" if layout.zero == "replicated" else "reduce_scatter"
+        gradients += [Collective("reduce gradients", kind, axis, size * workload.grad_itemsize)] * buckets
+        if layout.zero == "optimizer":
+            weights += [Collective("gather weights", "all_gather", axis, size * share.e)] * buckets
+    return Sync(tuple(gradients), tuple(weights))
+
+
+def end_of_step(share: Share) -> tuple[Collective, ...]:
+    """What follows the last backward pass: tied embeddings, norms under sequence parallelism, the gradient norm."""
+    model, layout = share.model, share.layout
+    if not share.workload.training:
+        return ()
+    said: list[Collective] = []
+    if model.tied and layout.pp > 1 and model.vocab:
+        size = model.vocab / layout.tp * model.D * share.workload.grad_itemsize
+        said.append(Collective("sum tied embedding gradients", "all_reduce", "pp", size))
+    if share.sp:
+        norms = 2 * model.norm_parameters * -(-model.layers // layout.pp)
+        said.append(Collective("sum norm gradients", "all_reduce", "tp", float(norms * share.workload.grad_itemsize)))
+    if layout.world > 1:
+        said.append(Collective("gradient norm", "all_reduce", "world", 8.0))
+    return tuple(said)
+
+
+OPTIMIZER_BYTES_PER_PARAMETER = 38.0
+"""Memory traffic of one Adam step per parameter: norm (4), fp32 gradient, weight and two moments read (16), three
+written (12), 16-bit weight written (2), gradient cleared (4)."""

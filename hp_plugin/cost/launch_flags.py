@@ -1,0 +1,96 @@
+"""A predicted layout as a launch: Megatron flags and a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hp_plugin.cost.predict import Prediction
+from hp_plugin.cost.stages import split_layers
+
+
+def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
+    """Arguments of `pretrain_gpt.py` (Megatron-LM's, or this plugin's examples/pretrain_gpt.py) that run the layout."""
+    model, layout, workload = prediction.model, prediction.layout, prediction.workload
+    flags = [f"--num-layers {model.layers}", f"--hidden-size {model.D}", f"--num-attention-heads {model.h}"]
+    flags += [f"--kv-channels {model.d}", f"--ffn-hidden-size {model.ffn}"]
+    if model.g != model.h:
+        flags += ["--group-query-attention", f"--num-query-groups {model.g}"]
+    flags += ["--swiglu"] if model.gated else []
+    flags += [] if model.norm_biases else ["--normalization RMSNorm"]
+    flags += [] if model.biases else ["--disable-bias-linear"]
+    flags += [] if model.tied else ["--untie-embeddings-and-output-weights"]
+    positions = "rope" if model.rotary else "learned_absolute" if model.learned_positions else "none"
+    flags.append(f"--position-embedding-type {positions}")
+    if not model.dropout:
+        flags += ["--attention-dropout 0", "--hidden-dropout 0"]
+    flags += [f"--seq-length {workload.seq}", f"--max-position-embeddings {workload.seq}"]
+    flags += [f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {workload.global_batch}", f"--{dtype}"]
+    return flags + _parallel_flags(prediction) + _expert_flags(prediction)
+
+
+def _parallel_flags(prediction: Prediction) -> list[str]:
+    model, layout, workload = prediction.model, prediction.layout, prediction.workload
+    flags = []
+    if layout.grid is None:
+        flags.append(f"--tensor-model-parallel-size {layout.tp}")
+    else:
+        flags.append(f"--head-dim-parallel {layout.grid.m},{layout.grid.n}")
+        flags.append(f"--head-dim-exchange {layout.grid.exchange}")
+    flags.append(f"--pipeline-model-parallel-size {layout.pp}")
+    if layout.vpp > 1:
+        flags.append(f"--num-layers-per-virtual-pipeline-stage {model.layers // layout.stages}")
+    elif model.layers % layout.pp:
+        split = split_layers(model.layers, layout.pp)
+        assert split is not None, "a predicted layout has no empty stage"
+        flags.append(f"--decoder-last-pipeline-num-layers {split[-1]}")
+    flags += [f"--context-parallel-size {layout.cp}"] if layout.cp > 1 else []
+    flags += ["--sequence-parallel"] if layout.sp else []
+    flags += ["--tp-comm-overlap"] if layout.tp_overlap else []
+    if layout.recompute == "full":
+        flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
+    elif layout.recompute == "selective":
+        flags += ["--recompute-granularity selective", "--recompute-modules core_attn"]
+    if workload.training:
+        flags += ["--use-distributed-optimizer"] if layout.zero == "optimizer" else []
+        flags += ["--overlap-grad-reduce"]
+        flags += ["--overlap-param-gather"] if layout.zero == "optimizer" else []
+    return flags
+
+
+def _expert_flags(prediction: Prediction) -> list[str]:
+    model, layout = prediction.model, prediction.layout
+    if not model.experts:
+        return []
+    flags = [f"--num-experts {model.experts}", f"--moe-router-topk {model.top_k}"]
+    flags += [f"--expert-model-parallel-size {layout.ep}", "--expert-tensor-parallel-size 1"]
+    flags += [f"--moe-backend {layout.moe}"]
+    flags += ["--moe-token-dispatcher-type alltoall"] if layout.moe == "megatron" else []
+    flags += ["--moe-router-pre-softmax"] if model.top_k == 1 else []
+    flags += [f"--moe-layer-freq {model.moe_every}"] if model.moe_every > 1 else []
+    return flags
+
+
+def deepspeed_config(prediction: Prediction, dtype: str = "bf16") -> dict[str, Any]:
+    """The DeepSpeed configuration of a layout; the grid is its `head_dim_parallel` option.
+
+    Raises:
+        ValueError: a pipeline or context-parallel layout, which is not a matter of DeepSpeed's configuration.
+    """
+    layout, workload = prediction.layout, prediction.workload
+    if layout.pp > 1 or layout.cp > 1:
+        raise ValueError(f"{layout}: pipeline and context parallelism are not part of a DeepSpeed configuration")
+    stage = {"replicated": 0, "optimizer": 1, "full": 3}[layout.zero]
+    config: dict[str, Any] = {
+        "train_batch_size": workload.global_batch,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": workload.global_batch // (layout.micro_batch * layout.dp),
+        dtype: {"enabled": True},
+        "zero_optimization": {"stage": stage},
+    }
+    if layout.grid is not None:
+        config["head_dim_parallel"] = {
+            "m": layout.grid.m,
+            "n": layout.grid.n,
+            "exchange": layout.grid.exchange,
+        }
+    return config

@@ -1,0 +1,129 @@
+"""One transformer layer on one rank: forward, and backward with what recomputation repeats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hp_plugin.cost.exchange_program import exchanged
+from hp_plugin.cost.linear_program import column_backward, column_forward, row_backward, row_forward
+from hp_plugin.cost.moe_program import moe_backward, moe_forward
+from hp_plugin.cost.program import Block, Collective, Program, Stream, beside
+from hp_plugin.cost.share import Share
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A forward and a backward program."""
+
+    forward: Program
+    backward: Program
+
+
+def layer(share: Share, moe: bool) -> Passes:
+    """A layer with attention and a dense MLP, or experts if `moe`."""
+    attention = attention_forward(share)
+    mlp = moe_forward(share) if moe else mlp_forward(share)
+    forward = attention + mlp
+    backward = (moe_backward(share) if moe else mlp_backward(share)) + attention_backward(share)
+    recompute = share.layout.recompute
+    if recompute == "full":
+        backward = forward + backward
+    elif recompute == "selective":
+        backward = exchanged(share).core + backward
+    if share.layout.zero == "full":
+        return Passes(*_sharded(share, moe, forward, backward))
+    return Passes(forward, backward)
+
+
+def attention_forward(share: Share) -> Program:
+    """Norm, QKV, exchange, core attention, exchange, projection, residual."""
+    model = share.model
+    rows = (model.h + 2 * model.g) * model.d // share.P
+    parts = exchanged(share)
+    return (
+        _norm(share, 2),
+        *column_forward(share, "qkv", rows),
+        *parts.before,
+        *_rotary(share),
+        *parts.core,
+        *parts.after,
+        *row_forward(share, "proj", model.h * model.d // share.P),
+        _residual(share),
+    )
+
+
+def attention_backward(share: Share) -> Program:
+    """The gradient of `attention_forward`, in backward order."""
+    model = share.model
+    rows = (model.h + 2 * model.g) * model.d // share.P
+    parts = exchanged(share)
+    return (
+        _residual(share),
+        *row_backward(share, "proj", model.h * model.d // share.P),
+        *parts.after_gradient,
+        *parts.core_gradient,
+        *_rotary(share),
+        *parts.before_gradient,
+        *column_backward(share, "qkv", rows),
+        _norm(share, 3),
+    )
+
+
+def mlp_forward(share: Share) -> Program:
+    """Norm, first linear, activation, second linear, residual."""
+    inner = share.model.ffn // share.P
+    first = inner * (2 if share.model.gated else 1)
+    return (
+        _norm(share, 2),
+        *column_forward(share, "fc1", first),
+        Block((Stream("activation", float(first + inner) * share.tokens * share.e),)),
+        *row_forward(share, "fc2", inner),
+        _residual(share),
+    )
+
+
+def mlp_backward(share: Share) -> Program:
+    """The gradient of `mlp_forward`, in backward order."""
+    inner = share.model.ffn // share.P
+    first = inner * (2 if share.model.gated else 1)
+    return (
+        _residual(share),
+        *row_backward(share, "fc2", inner),
+        Block((Stream("activation gradient", float(2 * first + inner) * share.tokens * share.e),)),
+        *column_backward(share, "fc1", first),
+        _norm(share, 3),
+    )
+
+
+def _norm(share: Share, passes: int) -> Block:
+    """Reads and writes of [s, b, D]: two forward, three backward; twice that in separate kernels with casts."""
+    factor = 1.0 if share.layout.fused else 2.0
+    return Block((Stream("norm", factor * passes * share.between_bytes),))
+
+
+def _residual(share: Share) -> Block:
+    """Two reads and a write, and the dropout mask's byte per element."""
+    masks = share.between_bytes / share.e if share.model.dropout else 0.0
+    return Block((Stream("residual", 3 * share.between_bytes + masks),))
+
+
+def _rotary(share: Share) -> Program:
+    model = share.model
+    if not model.rotary:
+        return ()
+    rotated = (model.h + model.g) * model.d / share.P * share.tokens * share.e
+    return (Block((Stream("rotary embedding", 2 * rotated),)),)
+
+
+FSDP_GRADIENT_BYTES = 18.0
+"""Memory traffic per parameter of PyTorch FSDP's flat gradients in one backward pass: joined (4), cast to the reduction
+dtype (6), divided before the reduction (8) (`torch.distributed.fsdp._runtime_utils._reduce_grad`)."""
+
+
+def _sharded(share: Share, moe: bool, forward: Program, backward: Program) -> tuple[Program, Program]:
+    """Fully sharded data parallelism: weights are gathered beside each pass, gradients scattered beside backward."""
+    parameters = share.model.layer_parameters(moe)
+    backward = (*backward, Block((Stream("flat gradients", FSDP_GRADIENT_BYTES * parameters),)))
+    gather = Collective("gather weights", "all_gather", "dp", parameters * share.e)
+    scatter = Collective("scatter gradients", "reduce_scatter", "dp", parameters * share.workload.grad_itemsize)
+    return beside(forward, (gather,)), beside(backward, (gather, scatter))

@@ -1,0 +1,178 @@
+"""A parallel layout: how the ranks divide the model and the batch, read from and written as `tp=8,pp=2,...`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+from hp_plugin.config import HeadDimConfig
+
+RECOMPUTE = ("none", "selective", "full")
+ZERO = ("replicated", "optimizer", "full")
+MOE_BACKENDS = ("megatron", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a model over ranks; world size = tp · pp · cp · dp.
+
+    Args:
+        tp: tensor-parallel size; with `grid`, m · n.
+        grid: the m × n grid of attention, or None for stock attention.
+        vpp: virtual pipeline stages per rank. dp: data-parallel size. cp: context-parallel size.
+        ep: ranks over which a MoE layer's experts are spread. moe: whose MoE layer.
+        sp: Megatron's sequence parallelism. tp_overlap: its `--tp-comm-overlap` (Transformer Engine).
+        micro_batch: sequences per micro-batch.
+        recompute: activations computed again in backward (`selective`: core attention, `full`: whole layers).
+        zero: what data parallelism shards: nothing, the optimizer (Megatron's distributed optimizer, ZeRO-1), or
+            everything (FSDP, ZeRO-3).
+        fused: whether the norm, bias and activation kernels are fused (Megatron with Transformer Engine) or not.
+
+    Raises:
+        ValueError: a size that is not positive or an unknown word.
+    """
+
+    tp: int = 1
+    grid: HeadDimConfig | None = None
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    sp: bool = False
+    tp_overlap: bool = False
+    micro_batch: int = 1
+    recompute: str = "none"
+    zero: str = "optimizer"
+    moe: str = "megatron"
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"layout: {name} must be at least 1, got {getattr(self, name)}")
+        for name, words in (("recompute", RECOMPUTE), ("zero", ZERO), ("moe", MOE_BACKENDS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"layout: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.grid is not None and self.grid.size != self.tp:
+            raise ValueError(f"layout: grid {self.grid.m}x{self.grid.n} makes tp={self.grid.size}, not {self.tp}")
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def m(self) -> int:
+        """Size of the head axis: tp without a grid."""
+        return self.grid.m if self.grid else self.tp
+
+    @property
+    def n(self) -> int:
+        """Size of the dim axis: 1 without a grid."""
+        return self.grid.n if self.grid else 1
+
+    @property
+    def stages(self) -> int:
+        """Virtual stages in all."""
+        return self.pp * self.vpp
+
+    @property
+    def kind(self) -> str:
+        """What sort of layout this is, for tables of the best of each."""
+        name = f"grid {self.grid.m}x{self.grid.n} {self.grid.exchange}" if self.grid else f"stock TP={self.tp}"
+        return name + (f" PP={self.pp}" if self.pp > 1 else "") + (f" CP={self.cp}" if self.cp > 1 else "")
+
+    def __str__(self) -> str:
+        parts = [f"grid={self.grid.m}x{self.grid.n},exchange={self.grid.exchange}" if self.grid else f"tp={self.tp}"]
+        default = Layout()
+        for name, value in (
+            ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("dp", self.dp), ("ep", self.ep),
+            ("mbs", self.micro_batch),
+        ):  # fmt: skip
+            if value != 1 or name == "mbs":
+                parts.append(f"{name}={value}")
+        parts += [flag for flag in ("sp", "tp_overlap") if getattr(self, flag)]
+        parts += [
+            f"{name}={getattr(self, name)}"
+            for name in ("recompute", "zero")
+            if getattr(self, name) != getattr(default, name)
+        ]
+        if self.ep > 1:
+            parts.append(f"moe={self.moe}")
+        if not self.fused:
+            parts.append("fused=off")
+        return ",".join(parts)
+
+    @classmethod
+    def parse(cls, text: str, world: int | None = None) -> Layout:
+        """Reads `tp=8,pp=2,mbs=4,sp` or `grid=4x4,exchange=batch`; dp fills `world` if it is not given.
+
+        Raises:
+            ValueError: an unknown key, a malformed value, or sizes that do not divide the world.
+        """
+        given: dict[str, str] = {}
+        for part in filter(None, (piece.strip() for piece in text.split(","))):
+            key, equals, value = part.partition("=")
+            key = "micro_batch" if key == "mbs" else key
+            if key not in _KEYS:
+                near = get_close_matches(key, _KEYS, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"layout {text!r}: unknown key {key!r}{hint}")
+            if key in given:
+                raise ValueError(f"layout {text!r}: {key} is given twice")
+            given[key] = value if equals else "on"
+        grid = _grid(text, given)
+        values: dict[str, object] = {}
+        for key, value in given.items():
+            if key in ("sp", "tp_overlap", "fused"):
+                values[key] = _switch(text, key, value)
+            elif key in ("recompute", "zero", "moe"):
+                values[key] = value
+            else:
+                values[key] = _integer(text, key, value)
+        if grid is not None:
+            if values.get("tp", grid.size) != grid.size:
+                raise ValueError(f"layout {text!r}: grid {grid.m}x{grid.n} makes tp={grid.size}, not {values['tp']}")
+            values["tp"], values["grid"] = grid.size, grid
+        layout = cls(**values)  # type: ignore[arg-type]
+        if world is None:
+            return layout
+        if "dp" not in given:
+            model = layout.tp * layout.pp * layout.cp
+            if world % model:
+                raise ValueError(f"layout {text!r} takes a multiple of tp·pp·cp = {model} GPUs, and {world} is none")
+            return cls(**{**values, "dp": world // model})  # type: ignore[arg-type]
+        if layout.world != world:
+            raise ValueError(f"layout {text!r} takes tp·pp·cp·dp = {layout.world} GPUs, not {world}")
+        return layout
+
+
+_KEYS = {field.name for field in fields(Layout)} | {"exchange"}
+
+
+def _grid(text: str, given: dict[str, str]) -> HeadDimConfig | None:
+    exchange = given.pop("exchange", None)
+    shape = given.pop("grid", None)
+    if shape is None:
+        if exchange is not None:
+            raise ValueError(f"layout {text!r}: exchange={exchange} needs grid=MxN")
+        return None
+    m, times, n = shape.partition("x")
+    if not (times and m.isdigit() and n.isdigit()):
+        raise ValueError(f"layout {text!r}: grid takes MxN, for example 4x4, got {shape!r}")
+    return HeadDimConfig(int(m), int(n), exchange or "auto")
+
+
+def _integer(text: str, key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        name = "mbs" if key == "micro_batch" else key
+        raise ValueError(f"layout {text!r}: {name} takes an integer, got {value!r}") from None
+
+
+def _switch(text: str, key: str, value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError(f"layout {text!r}: {key} takes on or off, got {value!r}")
+    return value == "on"

@@ -1,0 +1,206 @@
+"""The shape of a GPT, dense or with experts, and its parameter counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hp_plugin.cost.hardware import package_json
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A GPT in the letters of the design: D hidden size, h query heads, g key/value heads, d head dimension.
+
+    Args:
+        ffn: width of the MLP (of one expert). gated: three MLP matrices (SwiGLU) instead of two.
+        vocab: vocabulary size, 0 for the transformer body alone. tied: one matrix for embedding and output.
+        biases: whether linear layers have biases. norm_biases: whether norms have (LayerNorm) or not (RMSNorm).
+        learned_positions: length of a learned position table, 0 for none.
+        experts: experts per MoE layer, 0 for a dense model; top_k of them see a token; every `moe_every`-th layer
+            (counted from the first) is a MoE layer.
+        dropout: whether attention and hidden dropout are on.
+
+    Raises:
+        ValueError: sizes that contradict each other.
+    """
+
+    name: str
+    layers: int
+    D: int
+    h: int
+    g: int
+    d: int
+    ffn: int
+    vocab: int = 0
+    gated: bool = False
+    tied: bool = False
+    biases: bool = False
+    norm_biases: bool = True
+    learned_positions: int = 0
+    rotary: bool = True
+    dropout: bool = False
+    experts: int = 0
+    top_k: int = 1
+    moe_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "D", "h", "g", "d", "ffn", "top_k", "moe_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"model {self.name}: {name} must be a positive integer, got {value!r}")
+        for name in ("vocab", "learned_positions", "experts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {value!r}")
+        if self.h % self.g:
+            raise ValueError(f"model {self.name}: h={self.h} query heads are no multiple of g={self.g} key/value heads")
+        if self.experts and self.top_k > self.experts:
+            raise ValueError(f"model {self.name}: top_k={self.top_k} of only {self.experts} experts")
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts."""
+        return len([layer for layer in range(self.layers) if self.is_moe(layer)])
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) has experts."""
+        return bool(self.experts) and layer % self.moe_every == 0
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's QKV and output projections."""
+        rows = (self.h + 2 * self.g) * self.d
+        return self.D * rows + self.h * self.d * self.D + (rows + self.D if self.biases else 0)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one dense MLP, or of one expert."""
+        inner = (2 if self.gated else 1) * self.ffn
+        return self.D * inner + self.ffn * self.D + (inner + self.D if self.biases else 0)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm."""
+        return self.D * (2 if self.norm_biases else 1)
+
+    def layer_parameters(self, moe: bool) -> int:
+        """Parameters of one layer, all experts and the router counted."""
+        mlp = self.experts * self.mlp_parameters + self.D * self.experts if moe else self.mlp_parameters
+        return self.attention_parameters + mlp + 2 * self.norm_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters before the first layer."""
+        return (self.vocab + self.learned_positions) * self.D
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        body = sum(self.layer_parameters(self.is_moe(layer)) for layer in range(self.layers))
+        head = 0 if self.tied else self.vocab * self.D
+        return body + self.embedding_parameters + self.norm_parameters + head
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that work on one token: of the experts, the top-k."""
+        idle = self.moe_layers * (self.experts - self.top_k) * self.mlp_parameters
+        return self.parameters - idle
+
+    def matmul_operations(self, tokens: int, seq: int, causal: bool = False) -> float:
+        """Operations of one forward pass over `tokens` tokens in sequences of `seq`: matrix products only.
+
+        Attention counts in full, as Megatron-LM's `num_floating_point_operations` did for the published rows, unless
+        `causal`.
+        """
+        weights = self.layers * (self.D * (self.h + 2 * self.g) * self.d + self.h * self.d * self.D)
+        mlp = (3 if self.gated else 2) * self.D * self.ffn
+        weights += (self.layers - self.moe_layers) * mlp + self.moe_layers * (self.top_k * mlp + self.D * self.experts)
+        attention = self.layers * 2 * self.h * self.d * seq * (0.5 if causal else 1.0)
+        return 2.0 * tokens * (weights + self.vocab * self.D + attention)
+
+
+def presets() -> dict[str, str]:
+    """Names and descriptions of the models that come with the package."""
+    return {name: str(entry["description"]) for name, entry in package_json("models.json").items()}
+
+
+def load_model(text: str) -> ModelShape:
+    """A shipped model by name, one from a JSON file, or one written as `layers=4,D=8192,...`.
+
+    `name,key=value,...` changes a shipped model. d defaults to D/h, g to h, ffn to 4·D.
+
+    Raises:
+        ValueError: no such model or field, a malformed value, or sizes that contradict each other.
+    """
+    first, _, rest = text.partition(",")
+    known = package_json("models.json")
+    if first in known:
+        return _from_fields(first, {**_shape(known[first]), **_pairs(rest)})
+    if "=" in first:
+        return _from_fields("custom", _pairs(text))
+    path = Path(first)
+    if path.suffix == ".json" or path.exists():
+        try:
+            entry = json.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"model file {first}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model file {first}, line {error.lineno}: not JSON ({error.msg})") from None
+        if not isinstance(entry, dict):
+            raise ValueError(f"model file {first}: expected one JSON object")
+        return _from_fields(path.stem, {**_shape(entry), **_pairs(rest)})
+    near = get_close_matches(first, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"unknown model {first!r}: choose from {', '.join(known)}, give a .json file, or write "
+        f"layers=..,D=..,h=..{hint}"
+    )
+
+
+def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in ("description", "name")}
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"model: expected key=value, got {part!r}")
+        if value.lower() in ("true", "false"):
+            values[key.strip()] = value.lower() == "true"
+            continue
+        try:
+            values[key.strip()] = int(value)
+        except ValueError:
+            raise ValueError(f"model: {key} takes an integer or true/false, got {value!r}") from None
+    return values
+
+
+def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
+    allowed = {field.name: field.type for field in fields(ModelShape)}
+    for key, value in values.items():
+        if key not in allowed or key == "name":
+            near = get_close_matches(key, allowed, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"model {name}: unknown field {key!r}{hint}")
+        if (allowed[key] == "bool") != isinstance(value, bool):
+            wanted = "true or false" if allowed[key] == "bool" else "an integer"
+            raise ValueError(f"model {name}: {key} takes {wanted}, got {value!r}")
+    missing = [key for key in ("layers", "D", "h") if key not in values]
+    if missing:
+        raise ValueError(f"model {name}: missing {', '.join(missing)}")
+    full = dict(values)
+    h, hidden = full["h"], full["D"]
+    full.setdefault("g", h)
+    if "d" not in full:
+        if hidden % h:
+            raise ValueError(f"model {name}: D={hidden} is no multiple of h={h}: give d")
+        full["d"] = hidden // h
+    full.setdefault("ffn", 4 * hidden)
+    return ModelShape(name=name, **full)

@@ -1,0 +1,119 @@
+"""A MoE layer's MLP on one rank, as Megatron-Core's or DeepSpeed's layer runs it; tokens spread evenly over experts.
+
+Sources: `megatron.core.transformer.moe` (all-to-all dispatcher, expert tensor parallelism 1);
+`deepspeed.moe.sharded_moe.MOELayer` 0.19.8 fed with the TP group's replicated tokens, capacity factor 1.
+"""
+
+from __future__ import annotations
+
+from hp_plugin.cost.program import Block, Collective, Gemm, Program, Stream
+from hp_plugin.cost.share import Share
+
+
+def routed_tokens(share: Share) -> int:
+    """Token copies that one rank sends into its expert group (and receives, when experts are evenly loaded)."""
+    return max(1, share.tokens * share.model.top_k // share.P)
+
+
+def moe_forward(share: Share) -> Program:
+    """Norm, router, dispatch, experts, combine, residual."""
+    model, between = share.model, share.between_bytes
+    routed = float(routed_tokens(share) * model.D * share.e)
+    experts = Block(tuple(_experts_forward(share)))
+    norm = Block((Stream("norm", 2 * between),))
+    residual = Block((Stream("residual", 3 * between),))
+    trade = _trade("tokens to experts", routed)
+    back = _trade("tokens from experts", routed)
+    if share.layout.moe == "megatron":
+        router = Gemm("router", max(1, share.tokens // share.P), model.experts, model.D)
+        permute = Stream("permute tokens", 2 * routed)
+        return (norm, Block((router, permute)), *trade, experts, *back, Block((permute,)), residual)
+    # DeepSpeed routes all tokens on every rank of the TP group, keeps a P-th of every expert's slots, and gathers
+    # the results again.
+    gather = share.sp
+    full = share.hidden_bytes * model.top_k
+    router = Gemm("router", share.tokens, model.experts, model.D)
+    encode = Stream("encode tokens", 2 * full)
+    return (
+        norm,
+        *_if(gather, Block((), (Collective("gather tokens", "all_gather", "tp", share.hidden_bytes),))),
+        Block((router, encode)),
+        *trade,
+        experts,
+        *back,
+        *_if(share.P > 1, Block((), (Collective("gather expert outputs", "all_gather", "tp", full),))),
+        Block((Stream("decode tokens", 2 * full),)),
+        residual,
+    )
+
+
+def moe_backward(share: Share) -> Program:
+    """The gradient of `moe_forward`, in backward order."""
+    model, between = share.model, share.between_bytes
+    routed = float(routed_tokens(share) * model.D * share.e)
+    norm = Block((Stream("norm", 3 * between),))
+    residual = Block((Stream("residual", 3 * between),))
+    experts = Block(tuple(_experts_backward(share)))
+    trade = _trade("gradients to experts", routed)
+    back = _trade("gradients from experts", routed)
+    if share.layout.moe == "megatron":
+        tokens = max(1, share.tokens // share.P)
+        permute = Stream("permute gradients", 2 * routed)
+        return (residual, Block((permute,)), *trade, experts, *back, Block((permute, *_router(share, tokens))), norm)
+    full = share.hidden_bytes * model.top_k
+    return (
+        residual,
+        *_if(share.sp, Block((), (Collective("gather output gradient", "all_gather", "tp", share.hidden_bytes),))),
+        Block((Stream("decode gradients", 3 * full),)),
+        *trade,
+        experts,
+        *back,
+        *_if(share.P > 1, Block((), (Collective("gather slot gradients", "all_gather", "tp", full),))),
+        Block((Stream("encode gradients", 2 * full), *_router(share, share.tokens))),
+        norm,
+    )
+
+
+def _experts_forward(share: Share) -> list[Gemm | Stream]:
+    local, rows, first = _expert_sizes(share)
+    model = share.model
+    return [
+        Gemm("expert fc1", rows, first, model.D, local),
+        Stream("expert activation", float(local * rows * (first + model.ffn) * share.e)),
+        Gemm("expert fc2", rows, model.D, model.ffn, local),
+    ]
+
+
+def _experts_backward(share: Share) -> list[Gemm | Stream]:
+    local, rows, first = _expert_sizes(share)
+    model = share.model
+    return [
+        Gemm("expert fc2 input gradient", rows, model.ffn, model.D, local),
+        Gemm("expert fc2 weight gradient", model.D, model.ffn, rows, local, accumulate=True),
+        Stream("expert activation gradient", float(local * rows * (2 * first + model.ffn) * share.e)),
+        Gemm("expert fc1 input gradient", rows, model.D, first, local),
+        Gemm("expert fc1 weight gradient", first, model.D, rows, local, accumulate=True),
+    ]
+
+
+def _expert_sizes(share: Share) -> tuple[int, int, int]:
+    """(experts on this rank, rows each of them gets, outputs of the first linear)."""
+    local = share.model.experts // share.layout.ep
+    rows = max(1, routed_tokens(share) // local)
+    return local, rows, share.model.ffn * (2 if share.model.gated else 1)
+
+
+def _router(share: Share, tokens: int) -> tuple[Gemm, Gemm]:
+    model = share.model
+    return (
+        Gemm("router input gradient", tokens, model.D, model.experts),
+        Gemm("router weight gradient", model.experts, model.D, tokens, accumulate=True),
+    )
+
+
+def _trade(what: str, size: float) -> Program:
+    return (Block((), (Collective(what, "all_to_all", "ep", size),)),)
+
+
+def _if(wanted: bool, block: Block) -> Program:
+    return (block,) if wanted else ()

@@ -1,0 +1,64 @@
+"""Where the ranks of each process group sit: how many fast-link domains a group spans, and how many share one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from hp_plugin.grid import Grid, tensor_parallel_groups
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A group of `size` ranks over `domains` fast-link domains, at least `per_domain` ranks in each."""
+
+    size: int
+    domains: int
+    per_domain: int
+
+    @classmethod
+    def of(cls, ranks: list[int], domain: int) -> Placement:
+        """Placement of world ranks when every `domain` consecutive ones share a domain."""
+        counts: dict[int, int] = {}
+        for rank in ranks:
+            counts[rank // domain] = counts.get(rank // domain, 0) + 1
+        return cls(len(ranks), len(counts), min(counts.values()))
+
+
+@lru_cache(maxsize=4096)
+def placements(tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, domain: int) -> dict[str, Placement]:
+    """The worst placement of each kind of group in Megatron-Core's default rank order tp-cp-ep-dp-pp.
+
+    Keys: `tp`, `head` and `dim` (of the m × n grid), `cp`, `dp` (with context ranks, over which gradients are
+    reduced), `pp` (two neighbouring stages), `ep` and `edp` (experts and their replicas).
+
+    Args:
+        ep: ranks over which experts are spread: consecutive ranks of a pipeline stage.
+    """
+    stage = tp * cp * dp
+    # Stages that fill whole domains all look like the first one.
+    stages = 1 if stage % domain == 0 else pp
+    tensor_groups = tensor_parallel_groups(stage * stages, tp, stages, cp)
+    grid = Grid(m, n)
+    on_grid = m * n == tp
+    first_stage = range(stage)
+    groups: dict[str, list[list[int]]] = {
+        "tp": tensor_groups,
+        "head": [group for ranks in tensor_groups for group in grid.head_groups(ranks)] if on_grid else tensor_groups,
+        "dim": [group for ranks in tensor_groups for group in grid.dim_groups(ranks)] if on_grid else tensor_groups,
+        "cp": [[base + tp * k for k in range(cp)] for base in _bases(tp, cp, stage)],
+        "dp": [[base + tp * k for k in range(cp * dp)] for base in range(tp)],
+        "pp": [[rank, rank + stage] for rank in first_stage] if pp > 1 else [[0]],
+        "ep": [[base * ep + k for k in range(ep)] for base in range(stage // ep)],
+        "edp": [[base + ep * k for k in range(stage // ep)] for base in range(ep)],
+        "world": [list(range(stage * pp))],
+    }
+    return {axis: _worst([Placement.of(ranks, domain) for ranks in members]) for axis, members in groups.items()}
+
+
+def _bases(tp: int, cp: int, stage: int) -> list[int]:
+    return [outer + inner for outer in range(0, stage, tp * cp) for inner in range(tp)]
+
+
+def _worst(candidates: list[Placement]) -> Placement:
+    return max(candidates, key=lambda placement: (placement.domains, -placement.per_domain))

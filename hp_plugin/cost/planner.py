@@ -1,0 +1,114 @@
+"""Which layout to use: every candidate predicted, the ones that cannot run with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from hp_plugin.cost.candidates import Search, candidates
+from hp_plugin.cost.core_attention_program import is_fused
+from hp_plugin.cost.feasibility import memory_problem, shape_problems
+from hp_plugin.cost.hardware import Hardware
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.memory import memory
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.predict import Prediction, predict
+from hp_plugin.cost.share import Share
+from hp_plugin.cost.workload import Workload
+
+
+@dataclass
+class Plan:
+    """What a search found: predictions, fastest first, and why the other layouts cannot run."""
+
+    found: list[Prediction] = field(default_factory=list)
+    refused: list[tuple[Layout, str]] = field(default_factory=list)
+
+    def best_of_each_kind(self) -> list[Prediction]:
+        """The fastest prediction of each kind of layout (stock or grid, its sizes and exchange), fastest first."""
+        best: dict[str, Prediction] = {}
+        for prediction in self.found:
+            best.setdefault(prediction.layout.kind, prediction)
+        return list(best.values())
+
+    @property
+    def exact(self) -> list[Prediction]:
+        """Predictions that compute the model's own attention (`local` does not)."""
+        return [found for found in self.found if found.layout.grid is None or found.layout.grid.exact]
+
+
+def make_plan(
+    model: ModelShape,
+    gpus: int,
+    workload: Workload,
+    hardware: Hardware,
+    search: Search | None = None,
+    capacity: float | None = None,
+) -> Plan:
+    """Predicts every candidate; recomputation is added only where memory does not suffice without.
+
+    Args:
+        capacity: device memory in bytes, if not the hardware's.
+
+    Raises:
+        ValueError: no layout fits; the message says what each kind of refusal lacks.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {gpus}")
+    plan = Plan()
+    for layout in candidates(model, gpus, workload, search or Search()):
+        try:
+            found = fitting(model, layout, workload, hardware, capacity)
+        except ValueError as error:
+            plan.refused.append((layout, str(error).removeprefix(f"{layout}: ")))
+            continue
+        plan.found.append(found)
+    if not plan.found:
+        raise ValueError(_nothing_fits(model, gpus, workload, plan.refused))
+    plan.found.sort(key=lambda found: (-found.tokens_per_s, str(found.layout)))
+    return plan
+
+
+def fitting(
+    model: ModelShape, layout: Layout, workload: Workload, hardware: Hardware, capacity: float | None = None
+) -> Prediction:
+    """The prediction of a layout with the least recomputation that fits into memory.
+
+    Raises:
+        ValueError: the layout cannot run the model, or does not fit however much is recomputed.
+    """
+    said = ""
+    for recompute in _recomputations(model, layout, workload):
+        share = Share(model, replace(layout, recompute=recompute), workload)
+        problems = shape_problems(share)
+        if problems:
+            raise ValueError("; ".join(problems))
+        needed = memory(share, workload.global_batch // (layout.dp * layout.micro_batch))
+        said = memory_problem(needed, hardware, capacity) or ""
+        if not said:
+            return predict(model, share.layout, workload, hardware)
+    raise ValueError(said + (", even with everything recomputed" if workload.training else ""))
+
+
+def _recomputations(model: ModelShape, layout: Layout, workload: Workload) -> Iterable[str]:
+    if not workload.training or layout.recompute != "none":
+        return (layout.recompute,)
+    width = model.d // (layout.n if layout.grid and layout.grid.exchange == "local" else 1)
+    return ("none", "full") if is_fused(width, True) else ("none", "selective", "full")
+
+
+def _nothing_fits(model: ModelShape, gpus: int, workload: Workload, refused: list[tuple[Layout, str]]) -> str:
+    if not refused:
+        return (
+            f"no layout of {model.name} divides over {gpus} GPUs: global batch {workload.global_batch} must be a "
+            "multiple of the data-parallel size"
+        )
+    memory = [said for _, said in refused if said.startswith("needs ")]
+    if memory:
+        least = min(memory, key=lambda said: float(said.split()[1]))
+        return (
+            f"no layout of {model.name} ({model.parameters / 1e9:.1f} B parameters) fits on {gpus} GPUs: the smallest "
+            f"{least}; use more GPUs, a smaller model or --memory-gb"
+        )
+    reasons = sorted({said for _, said in refused}, key=len)
+    return f"no layout of {model.name} runs on {gpus} GPUs: {reasons[0]}"

@@ -1,0 +1,318 @@
+"""The prediction: one global step of a model under a layout on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hp_plugin.cost.decode import decode_period
+from hp_plugin.cost.ends_program import embedding, head
+from hp_plugin.cost.feasibility import shape_problems
+from hp_plugin.cost.gradients import OPTIMIZER_BYTES_PER_PARAMETER, chunk_sync, end_of_step
+from hp_plugin.cost.hardware import Hardware
+from hp_plugin.cost.layer_program import layer
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.memory import Memory, memory
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.placement import placements
+from hp_plugin.cost.pricing import Cost, Pricer
+from hp_plugin.cost.program import Collective, Stream
+from hp_plugin.cost.share import Share
+from hp_plugin.cost.stages import RankParameters, build_stages, stage_parameters
+from hp_plugin.cost.timeline import Event, PassTimes, Pipeline, Timeline, simulate
+from hp_plugin.cost.workload import Workload
+
+
+@dataclass
+class Prediction:
+    """One global step, predicted; seconds are means over the pipeline's ranks.
+
+    Args:
+        step: seconds of the whole step. compute: seconds kernels run.
+        waiting: seconds spent in collectives and waiting for them, by group axis; `pipeline` is waiting for other
+            stages and sending to them.
+        hidden: seconds of collectives that ran beside kernels, by group axis.
+        kernels: seconds by first kernel of each block.
+        events: the simulated step, one rank of each pipeline stage.
+    """
+
+    model: ModelShape
+    layout: Layout
+    workload: Workload
+    step: float
+    compute: float
+    waiting: dict[str, float]
+    hidden: dict[str, float]
+    kernels: dict[str, float]
+    memory: Memory
+    micro_batches: int
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the whole job per second (TPS)."""
+        return self.workload.tokens_per_step / self.step
+
+    @property
+    def tpot(self) -> float:
+        """Seconds of communication and waiting per position: TPOT as the design defines it."""
+        return sum(self.waiting.values()) / self.workload.new_tokens_per_sequence
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step spent waiting for other pipeline stages."""
+        return self.waiting.get("pipeline", 0.0) / self.step
+
+    @property
+    def operations_per_s(self) -> float:
+        """Model operations per second and GPU, attention counted in full, backward twice forward."""
+        workload = self.workload
+        seq = workload.seq
+        once = self.model.matmul_operations(workload.tokens_per_step, seq)
+        return once * (3 if workload.training else 1) / self.step / self.layout.world
+
+    @property
+    def bottleneck(self) -> str:
+        """`compute`, or what is waited for most if that takes more than 15 % of the step."""
+        axis = max(self.waiting, key=lambda name: self.waiting[name], default="")
+        if axis and self.waiting[axis] > 0.15 * self.step:
+            return {"pipeline": "pipeline wait", "dp": "DP", "edp": "expert DP"}.get(axis, f"{axis} exchange")
+        return "compute"
+
+
+def predict(
+    model: ModelShape, layout: Layout, workload: Workload, hardware: Hardware, full_timeline: bool = False
+) -> Prediction:
+    """Predicts one step.
+
+    Args:
+        full_timeline: simulate every micro-batch, for traces; else a long pipeline's steady state is simulated once
+            and counted as often as it repeats.
+
+    Raises:
+        ValueError: the layout cannot run this model; all reasons are named.
+    """
+    share = Share(model, layout, workload)
+    problems = shape_problems(share)
+    if problems:
+        raise ValueError(f"{layout}: " + "; ".join(problems))
+    return _Step(share, hardware).prediction(full_timeline)
+
+
+class _Step:
+    """Everything that one prediction works out on the way."""
+
+    def __init__(self, share: Share, hardware: Hardware) -> None:
+        self.share = share
+        layout = share.layout
+        self.groups = placements(
+            layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain
+        )
+        if layout.tp_overlap and self.groups["tp"].domains > 1:
+            raise ValueError(
+                f"{layout}: tp_overlap (--tp-comm-overlap) needs TP ranks in one fast-link domain of "
+                f"{hardware.domain}, and TP={layout.tp} spans {self.groups['tp'].domains}"
+            )
+        self.pricer = Pricer(hardware, self.groups, share.e, layout.fused)
+        self.stages = build_stages(share.model, layout)
+        self.micro_batches = share.workload.global_batch // (layout.dp * layout.micro_batch)
+        self.forward, self.backward = self._pass_costs()
+        self.transfer = self._transfer()
+
+    def _pass_costs(self) -> tuple[list[Cost], list[Cost]]:
+        """Forward and backward cost of one micro-batch, per virtual stage."""
+        kinds = {moe for stage in self.stages for moe, count in ((False, stage.dense), (True, stage.moe)) if count}
+        layers = {moe: layer(self.share, moe) for moe in kinds}
+        ahead = {moe: self.pricer.cost(layers[moe].forward) for moe in kinds}
+        back = {moe: self.pricer.cost(layers[moe].backward) for moe in kinds}
+        ends = {"first": embedding(self.share), "last": head(self.share)}
+        forward: list[Cost] = []
+        backward: list[Cost] = []
+        for stage in self.stages:
+            for costs, by_kind, direction in ((forward, ahead, "forward"), (backward, back, "backward")):
+                total = Cost()
+                for moe, count in ((False, stage.dense), (True, stage.moe)):
+                    if count:
+                        total.add(by_kind[moe], count)
+                for name, here in (("first", stage.first), ("last", stage.last)):
+                    if here:
+                        total.add(self.pricer.cost(getattr(ends[name], direction)))
+                costs.append(total)
+        return forward, backward if self.share.workload.training else []
+
+    def _transfer(self) -> float:
+        if self.share.layout.pp == 1:
+            return 0.0
+        message = Collective("activations", "send_recv", "pp", self.share.between_bytes)
+        return self.pricer.collective(message)
+
+    def prediction(self, full_timeline: bool) -> Prediction:
+        """Puts the passes on a timeline and adds what happens once per step."""
+        if self.share.workload.continuous:
+            return self._continuous()
+        count = self.micro_batches
+        if full_timeline or count <= self._short(count):
+            line = self._simulate(count)
+            repeated = None
+        else:
+            # Beyond warm-up and cool-down every pp micro-batches take the same time.
+            base = self._short(count)
+            line, longer = self._simulate(base), self._simulate(base + self.share.layout.pp)
+            repeated = (longer, (count - base) / self.share.layout.pp)
+        return self._summary(line, repeated)
+
+    def _short(self, count: int) -> int:
+        layout = self.share.layout
+        return 4 * layout.pp + count % layout.pp
+
+    def _simulate(self, count: int) -> Timeline:
+        layout = self.share.layout
+        gates, first_extra, last_extra = self._weight_gathers()
+        return simulate(
+            Pipeline(
+                layout.pp,
+                layout.vpp,
+                count,
+                [PassTimes(cost.seconds, cost.compute) for cost in self.forward],
+                [PassTimes(cost.seconds, cost.compute) for cost in self.backward],
+                self.transfer,
+                blocking=layout.vpp == 1,
+                gates=gates,
+                first_extra=first_extra,
+                last_extra=last_extra,
+            )
+        )
+
+    def _chunks(self, rank: int) -> list[RankParameters]:
+        layout = self.share.layout
+        return [stage_parameters(self.share.model, layout, stage) for stage in self.stages[rank :: layout.pp]]
+
+    def _weight_gathers(
+        self,
+    ) -> tuple[dict[tuple[int, int], tuple[float, float]], dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+        """Gates of the first forward passes, and the time that overlapped DP traffic takes from kernels."""
+        taken = self.pricer.hardware["collective_multiprocessors"] / self.pricer.hardware["multiprocessors"]
+        gates, first_extra, last_extra = {}, {}, {}
+        for rank in range(self.share.layout.pp):
+            until = 0.0
+            for chunk, parameters in enumerate(self._chunks(rank)):
+                sync = chunk_sync(self.share, parameters)
+                stage = chunk * self.share.layout.pp + rank
+                gathered = sum(self.pricer.collective(each) for each in sync.weights)
+                reduced = sum(self.pricer.collective(each) for each in sync.gradients)
+                if sync.weights:
+                    until += gathered
+                    gates[rank, chunk] = (until, 1.0 / len(sync.weights))
+                    first_extra[rank, chunk] = taken * min(gathered, self.forward[stage].seconds)
+                if sync.gradients:
+                    last_extra[rank, chunk] = taken * min(reduced, self.backward[stage].seconds)
+        return gates, first_extra, last_extra
+
+    def _gradient_ends(self, line: Timeline) -> list[float]:
+        """When each rank's last gradient bucket is reduced; its events go onto the timeline."""
+        ends = []
+        for rank in range(self.share.layout.pp):
+            at = 0.0
+            chunks = self._chunks(rank)
+            for chunk, start, end in sorted(line.last_backward[rank], key=lambda last: last[2]):
+                buckets = chunk_sync(self.share, chunks[chunk]).gradients
+                for number, bucket in enumerate(buckets):
+                    ready = start + (end - start) * (number + 1) / len(buckets)
+                    begin = max(at, ready)
+                    at = begin + self.pricer.collective(bucket)
+                    line.events.append(Event(rank, "gradients", f"{bucket.name} {chunk}.{number}", begin, at))
+            ends.append(max(at, line.finish[rank]))
+        return ends
+
+    def _optimizer(self, rank: int) -> float:
+        layout = self.share.layout
+        if not self.share.workload.training:
+            return 0.0
+        dense = sum(chunk.dense for chunk in self._chunks(rank))
+        experts = sum(chunk.experts for chunk in self._chunks(rank))
+        if layout.zero != "replicated":
+            dense /= layout.dp * layout.cp
+            experts /= max(1, layout.tp * layout.cp * layout.dp // layout.ep)
+        return self.pricer.kernel(Stream("optimizer", OPTIMIZER_BYTES_PER_PARAMETER * (dense + experts)))
+
+    def _summary(self, line: Timeline, repeated: tuple[Timeline, float] | None) -> Prediction:
+        share, pp = self.share, self.share.layout.pp
+        ends = self._gradient_ends(line)
+        passes_end = line.seconds
+        tail = max(ends) - passes_end
+        closing = {collective: self.pricer.collective(collective) for collective in end_of_step(share)}
+        optimizer = [self._optimizer(rank) for rank in range(pp)]
+        after = sum(closing.values()) + max(optimizer)
+        longer = (repeated[0].seconds - line.seconds) * repeated[1] if repeated else 0.0
+        if share.workload.mode == "decode":
+            after += self.transfer  # sampled tokens travel back to the first stage
+        step = passes_end + longer + tail + after
+        mean = Cost()
+        for rank in range(pp):
+            chunks = range(rank, len(self.stages), pp)
+            for stage in chunks:
+                mean.add(self.forward[stage], self.micro_batches / pp)
+                if self.backward:
+                    mean.add(self.backward[stage], self.micro_batches / pp)
+        for seconds in optimizer:
+            mean.add(Cost(seconds, {}, {}, {"optimizer": seconds} if seconds else {}), 1 / pp)
+        # What overlapped gradients took from the kernels is kernel time, too.
+        stolen = sum(line.compute) / pp - self._plain_compute(line)
+        mean.compute += stolen
+        waiting = dict(mean.exposed_by)
+        waiting["dp"] = waiting.get("dp", 0.0) + tail + sum(line.gated) / pp
+        for collective, seconds in closing.items():
+            waiting[collective.axis] = waiting.get(collective.axis, 0.0) + seconds
+        waiting["pipeline"] = step - mean.compute - sum(waiting.values())
+        self._finish_events(line, passes_end + tail, closing, optimizer)
+        return Prediction(
+            share.model,
+            share.layout,
+            share.workload,
+            step,
+            mean.compute,
+            {axis: seconds for axis, seconds in waiting.items() if seconds > 1e-12},
+            mean.hidden_by,
+            mean.compute_by,
+            memory(share, self.micro_batches),
+            self.micro_batches,
+            line.events,
+        )
+
+    def _plain_compute(self, line: Timeline) -> float:
+        """Kernel seconds of the simulated passes without what DP traffic took, mean over ranks."""
+        count = len([event for event in line.events if event.lane == "passes"])
+        per_micro_batch = sum(cost.compute for cost in (*self.forward, *self.backward))
+        micro_batches = count / (len(self.forward) + len(self.backward))
+        return per_micro_batch * micro_batches / self.share.layout.pp
+
+    def _finish_events(
+        self, line: Timeline, at: float, closing: dict[Collective, float], optimizer: list[float]
+    ) -> None:
+        for collective, seconds in closing.items():
+            for rank in range(len(optimizer)):
+                line.events.append(Event(rank, "optimizer", collective.name, at, at + seconds))
+            at += seconds
+        for rank, seconds in enumerate(optimizer):
+            if seconds:
+                line.events.append(Event(rank, "optimizer", "optimizer", at, at + seconds))
+
+    def _continuous(self) -> Prediction:
+        share = self.share
+        period = decode_period([cost.seconds for cost in self.forward], self.transfer, self.micro_batches)
+        mean = Cost()
+        for cost in self.forward:
+            mean.add(cost, self.micro_batches / share.layout.pp)
+        waiting = dict(mean.exposed_by)
+        waiting["pipeline"] = period - mean.seconds
+        return Prediction(
+            share.model,
+            share.layout,
+            share.workload,
+            period,
+            mean.compute,
+            {axis: seconds for axis, seconds in waiting.items() if seconds > 1e-12},
+            mean.hidden_by,
+            mean.compute_by,
+            memory(share, self.micro_batches),
+            self.micro_batches,
+        )

@@ -1,0 +1,106 @@
+"""Published end-to-end measurements as models, layouts and workloads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hp_plugin.cost.hardware import Hardware, package_json
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.workload import Workload
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published run.
+
+    Args:
+        layouts: the layout, or all that the publication leaves open.
+        measured: tokens per second and GPU.
+        kernels: attention kernel of the run, if it is not the machine's first.
+    """
+
+    group: str
+    name: str
+    model: ModelShape
+    layouts: tuple[Layout, ...]
+    workload: Workload
+    measured: float
+    kernels: tuple[str, ...] | None = None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the run."""
+        return self.layouts[0].world
+
+    def machine(self, hardware: Hardware) -> Hardware:
+        """The machine with the run's attention kernel."""
+        return replace(hardware, kernels=self.kernels) if self.kernels else hardware
+
+
+MEGATRON = "Megatron-LM weak scaling"
+FOUNDRY = "llm-foundry FSDP"
+
+_FOUNDRY_SHAPES = {
+    # name: (layers, D, heads), from scripts/train/yamls/pretrain/mpt-*.yaml of the same repository
+    "760m": (24, 1536, 12),
+    "1b": (24, 2048, 16),
+    "3b": (32, 2560, 20),
+    "7b": (32, 4096, 32),
+    "13b": (40, 5120, 40),
+    "30b": (48, 7168, 56),
+    "70b": (80, 8192, 64),
+}
+
+
+def megatron_rows() -> list[Row]:
+    """Weak-scaling rows; micro-batch size and virtual stages are not stated, so every choice of them is listed."""
+    rows = []
+    for params, heads, hidden, layers, tp, pp, dp, gpus, batch, tflops, _ in _table("megatron_weak_scaling"):
+        model = ModelShape(f"{params} B", layers, hidden, heads, heads, hidden // heads, 4 * hidden, 131072)
+        layouts = tuple(
+            Layout(tp, pp=pp, vpp=vpp, dp=dp, sp=tp > 1, tp_overlap=tp > 1, micro_batch=micro_batch)
+            for vpp in range(1, layers // pp + 1)
+            if layers % (pp * vpp) == 0 and (pp > 1 or vpp == 1)
+            for micro_batch in (1, 2, 4)
+        )
+        workload = Workload("train", 4096, batch)
+        # The publication counts operations: tokens/s follow from its formula.
+        per_token = 3 * model.matmul_operations(1, workload.seq)
+        rows.append(Row(MEGATRON, f"{params} B", model, layouts, workload, tflops * 1e12 / per_token))
+        assert layouts[0].world == gpus, "the table's sizes multiply to its GPUs"
+    return rows
+
+
+def foundry_rows() -> list[Row]:
+    """FSDP rows; attention was the Triton FlashAttention of the time (`--attn_impl triton`, the script's default)."""
+    rows = []
+    for name, seq, gpus, _, _, micro_batch, _, batch, measured, _, checkpointing in _table("llm_foundry"):
+        layers, hidden, heads = _FOUNDRY_SHAPES[name]
+        model = ModelShape(
+            name,
+            layers,
+            hidden,
+            heads,
+            heads,
+            hidden // heads,
+            4 * hidden,
+            50368,
+            tied=True,
+            biases=True,
+            learned_positions=seq,
+            rotary=False,
+        )
+        recompute = "full" if checkpointing == "True" else "none"
+        layout = Layout(dp=gpus, zero="full", recompute=recompute, micro_batch=micro_batch, fused=False)
+        label = f"{name}, {gpus} GPUs, sequence {seq}"
+        rows.append(
+            Row(FOUNDRY, label, model, (layout,), Workload("train", seq, batch), measured, ("cudnn", "triton-fa1"))
+        )
+    return rows
+
+
+def _table(name: str) -> list[list[Any]]:
+    rows: list[list[Any]] = package_json("published.json")[name]["rows"]
+    return rows

@@ -1,0 +1,150 @@
+"""Plans, single predictions and machines as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from hp_plugin.cost.hardware import PARAMETERS, Hardware
+from hp_plugin.cost.launch_flags import deepspeed_config, megatron_flags
+from hp_plugin.cost.layer_program import layer
+from hp_plugin.cost.parameter import KINDS
+from hp_plugin.cost.placement import placements
+from hp_plugin.cost.planner import Plan
+from hp_plugin.cost.predict import Prediction
+from hp_plugin.cost.pricing import Pricer
+from hp_plugin.cost.program import collectives
+from hp_plugin.cost.share import Share
+
+MARK = "≠"
+"""Marks layouts that compute another function than the model's attention (`local`)."""
+
+
+def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
+    """The fastest layouts, the best of each kind, flags for the best stock and the best grid layout, refusals."""
+    shown = plan.found[:top]
+    lines = [
+        f"{len(plan.found)} layouts can run, {len(plan.refused)} cannot; the fastest {len(shown)}:",
+        *_table(shown),
+    ]
+    kinds = plan.best_of_each_kind()
+    others = [found for found in kinds if found not in shown][:top]
+    if others:
+        lines += ["", f"the fastest of other kinds ({len(kinds)} kinds in all):", *_table(others)]
+    if any(MARK in line for line in lines):
+        lines.append(f"{MARK} exchange `local` is another function than the model's attention (see docs/planner.md)")
+    for label, found in _launches(plan):
+        lines += ["", f"to run the fastest {label} layout, {found.layout}:", *_wrapped(megatron_flags(found, dtype))]
+        if found.layout.pp == 1 and found.layout.cp == 1:
+            lines.append(f"DeepSpeed: {json.dumps(deepspeed_config(found, dtype))}")
+    return [*lines, *_refusals(plan)]
+
+
+def _launches(plan: Plan) -> list[tuple[str, Prediction]]:
+    stock = [("stock", found) for found in plan.exact if found.layout.grid is None][:1]
+    return stock + [("grid", found) for found in plan.exact if found.layout.grid is not None][:1]
+
+
+def _table(found: Sequence[Prediction]) -> list[str]:
+    width = max(len(str(one.layout)) for one in found) + 4
+    lines = [
+        f"  {'layout':<{width}}{'tokens/s':>12}{'TPOT ms':>9}{'bubble':>8}{'memory GB':>11}{'TFLOP/s':>9}  bottleneck"
+    ]
+    for one in found:
+        mark = "" if one.layout.grid is None or one.layout.grid.exact else f" {MARK}"
+        lines.append(
+            f"  {f'{one.layout}{mark}':<{width}}{one.tokens_per_s:>12,.0f}{one.tpot * 1e3:>9.3f}{one.bubble:>8.1%}"
+            f"{one.memory.total / 1e9:>11.1f}{one.operations_per_s / 1e12:>9.0f}  {one.bottleneck}"
+        )
+    return lines
+
+
+def _wrapped(words: Sequence[str], width: int = 116) -> list[str]:
+    lines = ["  "]
+    for word in words:
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines[-1] += " \\"
+            lines.append("  ")
+        lines[-1] += f"{'' if lines[-1].isspace() else ' '}{word}"
+    return lines
+
+
+def _refusals(plan: Plan) -> list[str]:
+    if not plan.refused:
+        return []
+    grouped: dict[str, list[str]] = {}
+    for layout, reason in plan.refused:
+        # One line per rule: the numbers differ, the rule does not.
+        kind = "memory" if reason.startswith("needs ") else re.sub(r"\d+", "#", reason)
+        grouped.setdefault(kind, []).append(f"{layout} {reason}")
+    lines = ["", "layouts that cannot run (--list-refused for all), by reason:"]
+    for examples in sorted(grouped.values(), key=len, reverse=True):
+        lines.append(f"  {len(examples):>5}  for example {examples[0]}")
+    return lines
+
+
+def refused_report(plan: Plan) -> list[str]:
+    """Every layout that cannot run, with its reason."""
+    return [f"{layout}: {reason}" for layout, reason in plan.refused]
+
+
+def explanation(found: Prediction, hardware: Hardware) -> list[str]:
+    """Where one predicted step's time and memory go, and every collective of a layer."""
+    step = found.step
+    layout = found.layout
+    lines = [
+        f"{found.model.name}, {found.workload.mode}, {layout} on {layout.world} × {hardware.name}",
+        f"step {step * 1e3:.3f} ms, {found.tokens_per_s:,.0f} tokens/s, TPOT {found.tpot * 1e3:.4f} ms, "
+        f"{found.micro_batches} micro-batches of {layout.micro_batch}, "
+        f"{found.operations_per_s / 1e12:.0f} TFLOP/s per GPU",
+        "",
+        "time of a mean rank in one step:",
+        f"  {'kernels':<34}{found.compute * 1e3:>12.3f} ms{found.compute / step:>8.1%}",
+    ]
+    for axis, seconds in sorted(found.waiting.items(), key=lambda item: -item[1]):
+        label = "waiting for other stages" if axis == "pipeline" else f"waiting for {axis} collectives"
+        lines.append(f"  {label:<34}{seconds * 1e3:>12.3f} ms{seconds / step:>8.1%}")
+    for axis, seconds in sorted(found.hidden.items(), key=lambda item: -item[1]):
+        if seconds:
+            lines.append(f"  {f'({axis} collectives beside kernels)':<34}{seconds * 1e3:>12.3f} ms")
+    lines += ["", "kernels (blocks by their first kernel):"]
+    ranked = sorted(found.kernels.items(), key=lambda item: -item[1])
+    lines += [f"  {name:<34}{seconds * 1e3:>12.3f} ms{seconds / step:>8.1%}" for name, seconds in ranked[:14]]
+    needed = found.memory
+    lines += ["", "memory of the fullest rank:"]
+    for name in ("weights", "gradients", "optimizer", "activations", "buffers", "cache"):
+        lines.append(f"  {name:<34}{getattr(needed, name) / 1e9:>12.3f} GB")
+    lines.append(f"  {'total':<34}{needed.total / 1e9:>12.3f} GB")
+    return [*lines, "", *_collectives(found, hardware)]
+
+
+def _collectives(found: Prediction, hardware: Hardware) -> list[str]:
+    layout = found.layout
+    share = Share(found.model, layout, found.workload)
+    groups = placements(layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain)
+    pricer = Pricer(hardware, groups, share.e, layout.fused)
+    passes = layer(share, bool(found.model.experts))
+    lines = ["collectives of one layer and micro-batch (time alone, without overlap):"]
+    for label, program in (("forward", passes.forward), ("backward", passes.backward)):
+        if label == "backward" and not found.workload.training:
+            continue
+        for each in collectives(program):
+            group = groups[each.axis]
+            if group.size > 1:
+                lines.append(
+                    f"  {label:<9}{each.name:<34}{each.kind:<15}{each.axis:<5}{group.size:>4} ranks in "
+                    f"{group.domains} domain(s){each.bytes / 1e6:>12.3f} MB{pricer.collective(each) * 1e3:>10.4f} ms"
+                )
+    return lines if len(lines) > 1 else [*lines, "  none"]
+
+
+def hardware_report(hardware: Hardware) -> list[str]:
+    """Every parameter of a machine with its kind and source, then the tables behind it."""
+    lines = [f"{hardware.name}: {hardware.description}", ""]
+    for name, meaning in PARAMETERS.items():
+        parameter = hardware.parameters[name]
+        lines.append(f"{name} = {parameter.value:g}  [{parameter.kind}] {meaning}")
+        lines.append(f"    {parameter.source}")
+    lines += ["", "tables:", *(f"  {source}" for source in hardware.sources), "", "kinds:"]
+    return [*lines, *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items())]

@@ -1,0 +1,75 @@
+"""Which layers each virtual pipeline stage holds, and how many parameters that is per rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One virtual stage: its layers, dense and MoE, and whether it embeds tokens or computes the loss."""
+
+    dense: int
+    moe: int
+    first: bool
+    last: bool
+
+    @property
+    def layers(self) -> int:
+        """Layers of both kinds."""
+        return self.dense + self.moe
+
+
+def split_layers(layers: int, stages: int) -> list[int] | None:
+    """Layers per stage: equal, or equal but for a smaller last stage (`--decoder-last-pipeline-num-layers`).
+
+    None where even that leaves the last stage empty.
+    """
+    each = -(-layers // stages)
+    last = layers - each * (stages - 1)
+    return [each] * (stages - 1) + [last] if last > 0 else None
+
+
+def build_stages(model: ModelShape, layout: Layout) -> list[Stage]:
+    """The virtual stages in order (stage = chunk · pp + rank); the layout must have passed its checks."""
+    split = split_layers(model.layers, layout.stages)
+    assert split is not None, "layouts whose stages are empty are refused before"
+    stages = []
+    at = 0
+    for index, count in enumerate(split):
+        moe = sum(model.is_moe(layer) for layer in range(at, at + count))
+        stages.append(Stage(count - moe, moe, index == 0, index == len(split) - 1))
+        at += count
+    return stages
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters on one rank: those every data-parallel rank has, and its experts."""
+
+    dense: float
+    experts: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.dense + self.experts
+
+
+def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankParameters:
+    """Parameters of one virtual stage on one rank; norms, routers and position tables are not sharded."""
+    tp = layout.tp
+    replicated = 2 * model.norm_parameters * stage.layers + stage.moe * model.D * model.experts
+    sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters
+    experts = stage.moe * model.experts // layout.ep * model.mlp_parameters
+    if stage.first:
+        sharded += model.vocab * model.D
+        replicated += model.learned_positions * model.D
+    if stage.last:
+        replicated += model.norm_parameters
+        if not model.tied or (layout.stages > 1 and not stage.first):
+            sharded += model.vocab * model.D
+    return RankParameters(sharded / tp + replicated, float(experts))

@@ -1,0 +1,180 @@
+"""`hp-plugin plan`: predicts, ranks and explains parallel layouts; needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hp_plugin.cost import reproduce, sweep, validate
+from hp_plugin.cost.candidates import Search
+from hp_plugin.cost.chrome_trace import write_trace
+from hp_plugin.cost.feasibility import memory_problem
+from hp_plugin.cost.figure import draw_curves, draw_timeline
+from hp_plugin.cost.gemm import GemmTable
+from hp_plugin.cost.hardware import Hardware, load_hardware, shipped
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import load_model, presets
+from hp_plugin.cost.nccl_tests import read_nccl_tests
+from hp_plugin.cost.planner import make_plan
+from hp_plugin.cost.predict import Prediction, predict
+from hp_plugin.cost.report import explanation, hardware_report, plan_report, refused_report
+from hp_plugin.cost.workload import MODES, Workload
+from hp_plugin.exchange_rules import RULES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `plan` to a parser or subparser."""
+    parser.description = "Predict tokens/s, communication time and memory of every layout of a model, and rank them."
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--model", default="paper-dense", help=f"{', '.join(presets())}, FILE.json, or layers=..,D=..,h=.."
+    )
+    what.add_argument("--gpus", type=int, default=16)
+    what.add_argument("--hardware", default="h100-ib", help=f"{', '.join(shipped())}, or FILE.json")
+    what.add_argument("--mode", choices=MODES, default="train")
+    what.add_argument("--global-batch", type=int, default=1024, help="sequences per step (decode: sequences at a time)")
+    what.add_argument("--seq", type=int, default=2048, help="tokens per sequence (decode: context length)")
+    what.add_argument("--continuous", action="store_true", help="decode: micro-batches follow each other without a gap")
+    what.add_argument("--memory-gb", type=float, help="device memory, if not the hardware's")
+    what.add_argument("--grad-reduce-in-bf16", action="store_true", help="as in Megatron: gradients reduced in 16 bit")
+    what.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="for the printed flags")
+    search = parser.add_argument_group("which layouts")
+    search.add_argument("--exchange", nargs="+", choices=tuple(RULES), default=list(RULES), help="exchanges of grids")
+    search.add_argument("--tp-comm-overlap", action="store_true", help="also layouts with Megatron's --tp-comm-overlap")
+    search.add_argument("--max-micro-batch", type=int, default=64)
+    search.add_argument("--micro-batches", type=int, help="only layouts with this many micro-batches per step")
+    out = parser.add_argument_group("what to show")
+    out.add_argument("--top", type=int, default=10)
+    out.add_argument("--list-refused", action="store_true", help="every layout that cannot run, with its reason")
+    out.add_argument("--explain", metavar="LAYOUT", help="where one layout's step goes, for example tp=8,pp=2,mbs=4")
+    out.add_argument("--trace", type=Path, metavar="FILE.json", help="with --explain: Chrome trace, opens in Perfetto")
+    out.add_argument("--png", type=Path, metavar="FILE.png", help="with --explain or --sweep: picture (matplotlib)")
+    out.add_argument("--sweep", choices=sweep.KINDS, help="curves over powers of two")
+    out.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="with --sweep: layouts to draw")
+    out.add_argument("--sweep-to", type=int, default=4096, help="largest --sweep seq or gpus")
+    out.add_argument("--validate", action="store_true", help="predicted against published measurements")
+    out.add_argument("--reproduce", choices=("paper",), help="the source experiments' rows beside predictions")
+    out.add_argument("--show-hardware", action="store_true", help="every parameter of the hardware with its source")
+    own = parser.add_argument_group("measurements of your own")
+    own.add_argument(
+        "--nccl-tests", nargs="+", default=[], metavar="[COLLECTIVE=]FILE", help="output of nccl-tests programs"
+    )
+    own.add_argument("--gemm-table", type=Path, metavar="FILE.csv", help="columns batch,m,n,k,tflops")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what was asked for; returns the exit code.
+
+    Raises:
+        ValueError: anything the user can mend, in one line.
+    """
+    for line in _lines(args):
+        print(line)
+    return 0
+
+
+def _lines(args: argparse.Namespace) -> list[str]:
+    if args.validate:
+        return validate.report(validate.validate())
+    if args.reproduce:
+        return reproduce.report()
+    _check(args)
+    hardware = _hardware(args)
+    if args.show_hardware:
+        return hardware_report(hardware)
+    model = load_model(args.model)
+    workload = Workload(
+        args.mode,
+        args.seq,
+        args.global_batch,
+        grad_itemsize=2 if args.grad_reduce_in_bf16 else 4,
+        continuous=args.continuous,
+    )
+    capacity = args.memory_gb * 1e9 if args.memory_gb is not None else None
+    search = Search(tuple(args.exchange), args.tp_comm_overlap, args.max_micro_batch, args.micro_batches)
+    if args.explain:
+        return _explained(
+            args,
+            model.name,
+            predict(model, Layout.parse(args.explain, args.gpus), workload, hardware, True),
+            hardware,
+            capacity,
+        )
+    if args.sweep:
+        layouts = [Layout.parse(text, args.gpus) for text in args.layouts or []]
+        layouts = layouts or sweep.representative_layouts(model, args.gpus, workload, hardware, search, capacity)
+        curves = sweep.sweep(args.sweep, model, layouts, workload, hardware, args.sweep_to, capacity)
+        if args.png:
+            draw_curves(curves, args.sweep, args.png)
+        return sweep.report(curves, args.sweep)
+    plan = make_plan(model, args.gpus, workload, hardware, search, capacity)
+    if args.list_refused:
+        return refused_report(plan)
+    head = (
+        f"{model.name} ({model.parameters / 1e9:.2f} B parameters), {args.mode}, {args.gpus} × {hardware.name}, "
+        f"{workload.global_batch} sequences of {workload.seq}"
+    )
+    return [head, "", *plan_report(plan, args.top, args.dtype)]
+
+
+def _explained(
+    args: argparse.Namespace, name: str, found: Prediction, hardware: Hardware, capacity: float | None
+) -> list[str]:
+    lines = explanation(found, hardware)
+    problem = memory_problem(found.memory, hardware, capacity)
+    if problem is not None:
+        lines.append(f"does not fit: {problem}")
+    if args.trace:
+        write_trace(found, args.trace)
+        lines.append(f"trace: {args.trace} (open in https://ui.perfetto.dev)")
+    if args.png:
+        draw_timeline(found, args.png)
+        lines.append(f"picture: {args.png}")
+    return lines
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("gpus", "top", "max_micro_batch", "sweep_to", "micro_batches", "memory_gb"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
+    if args.trace and not args.explain:
+        raise ValueError("--trace draws one step: name its layout with --explain")
+    if args.png and not (args.explain or args.sweep):
+        raise ValueError("--png draws a step or a sweep: add --explain or --sweep")
+    if args.layouts and not args.sweep:
+        raise ValueError("--layouts goes with --sweep; for one layout's step use --explain")
+
+
+def _hardware(args: argparse.Namespace) -> Hardware:
+    hardware = load_hardware(args.hardware)
+    if args.gemm_table:
+        try:
+            hardware = hardware.with_gemm(GemmTable.from_csv(args.gemm_table))
+        except OSError as error:
+            raise ValueError(f"--gemm-table {args.gemm_table}: {error.strerror}") from None
+    for entry in args.nccl_tests:
+        kind, equals, file = entry.rpartition("=")
+        measured = read_nccl_tests(Path(file), kind if equals else None)
+        curves = {(measured.kind, measured.ranks, measured.nodes): measured.curve}
+        hardware = hardware.with_curves(
+            curves, f"{measured.kind}, {measured.ranks} ranks on {measured.nodes} node(s): {file}"
+        )
+    return hardware
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m hp_plugin.plan_cli`: errors end as one line on stderr, exit code 2."""
+    parser = argparse.ArgumentParser(prog="hp-plugin plan")
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except ValueError as error:
+        print(f"hp-plugin plan: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
