@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,7 @@ def test_every_layout_has_the_gradients_of_one_rank(ranks: Ranks, reference: Out
     outcomes = ranks.run(world, train, case)
     assert difference(grads(outcomes, case), grads([reference], Case())) < 1e-5
     # Adam divides gradients by their own size, so that the last bits of the smallest ones count in full.
-    assert difference(params(outcomes, case), params([reference], Case())) < 1e-3
+    assert difference(params(outcomes, case), params([reference], Case())) < 1e-4
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(reference.losses, rel=1e-6)
         assert outcome.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
@@ -95,7 +96,7 @@ def test_distributed_optimizer_takes_the_same_steps(ranks: Ranks, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["tp", "tp x pp, interleaved"])
+@pytest.mark.parametrize("layout", ["tp", "tp, sequence parallel", "tp x pp, interleaved"])
 def test_half_precision_trains_near_single(ranks: Ranks, reference: Outcome, dtype: torch.dtype, layout: str) -> None:
     world, like = LAYOUTS[layout]
     case = replace(like, dtype=dtype, clip_grad=CLIP, loss_scale=1024.0)
@@ -251,6 +252,12 @@ def test_memory_freed_during_a_send_is_sent_as_it_was(ranks: Ranks) -> None:
 
 def redirect() -> None:
     cpu_backend.enable()
+    check_devices()
+    with ThreadPoolExecutor(1) as pool:  # as in backward passes, where a context of this thread would be missing
+        pool.submit(check_devices).result()
+
+
+def check_devices() -> None:
     for device in ("cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0)):
         assert torch.zeros(2, device=device, pin_memory=True).device.type == "cpu"
         assert torch.empty_like(torch.ones(2), device=device).device.type == "cpu"
