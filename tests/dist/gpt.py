@@ -1,4 +1,4 @@
-"""A small stock GPTModel, trained a few steps on the ranks of a test: what the layouts are compared by."""
+"""A small GPTModel, stock or on a grid, trained a few steps on the ranks of a test: what layouts are compared by."""
 
 import zlib
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin import cpu_backend
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
+from hp_plugin.megatron_adapter.specs import head_dim_spec
+from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
+from hp_plugin.transformer_config import HeadDimTransformerConfig
+
+Part = tuple[torch.Tensor, int | None, list[int] | None]
+"""A rank's tensor, the axis it is split on, and the global indices in the order in which TP ranks hold them."""
 
 VOCABULARY = 64
 SEQUENCE = 16
@@ -43,6 +51,9 @@ class Case:
     steps: int = 2
     layers: int = 4
     tied: bool = True
+    positions: str = "rope"
+    grid: HeadDimConfig | None = None
+    """Attention on this grid; `tp` is its size then."""
     model: dict[str, Any] = field(default_factory=dict)
     """Further fields of TransformerConfig."""
 
@@ -60,8 +71,8 @@ class Outcome:
     zeros: list[float]
     skipped: list[bool]
     loss_scales: list[float]
-    grads: dict[str, tuple[torch.Tensor, int | None]]
-    params: dict[str, tuple[torch.Tensor, int | None]]
+    grads: dict[str, Part]
+    params: dict[str, Part]
 
 
 def train(case: Case) -> Outcome:
@@ -91,7 +102,12 @@ def train(case: Case) -> Outcome:
 
 
 def start(case: Case) -> None:
-    parallel_state.initialize_model_parallel(case.tp, case.pp, case.vp)
+    if case.grid is None:
+        parallel_state.initialize_model_parallel(case.tp, case.pp, case.vp)
+    else:
+        initialize_head_dim_parallel(
+            case.grid, pipeline_model_parallel_size=case.pp, virtual_pipeline_model_parallel_size=case.vp
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(123)
     num_microbatches_calculator.init_num_microbatches_calculator(
         dist.get_rank(), None, 8, 2, parallel_state.get_data_parallel_world_size()
@@ -100,7 +116,9 @@ def start(case: Case) -> None:
 
 def build(case: Case) -> list[Any]:
     """The model chunks of this rank, wrapped for data parallelism, with weights that no layout changes."""
-    config = TransformerConfig(
+    config_class: Any = TransformerConfig if case.grid is None else HeadDimTransformerConfig
+    config = config_class(
+        **({} if case.grid is None else {"head_dim_parallel": case.grid}),
         **{
             "num_layers": case.layers,
             "hidden_size": 32,
@@ -124,20 +142,20 @@ def build(case: Case) -> list[Any]:
             "finalize_model_grads_func": finalize_model_grads,
             "gradient_accumulation_fusion": False,
             **case.model,
-        }
+        },
     )
     chunks: list[Any] = []
     for vp_stage in range(case.vp or 1):
         stage = {"vp_stage": vp_stage if case.vp else None}
         model = GPTModel(
             config,
-            layer_spec(config),
+            layer_spec(config, case, stage["vp_stage"]),
             VOCABULARY,
             SEQUENCE,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stage),
             share_embeddings_and_output_weights=case.tied,
-            position_embedding_type="rope",
+            position_embedding_type=case.positions,
             **stage,
         )
         model.model_type = ModelType.encoder_or_decoder
@@ -154,9 +172,11 @@ def build(case: Case) -> list[Any]:
     return chunks
 
 
-def layer_spec(config: TransformerConfig) -> Any:
+def layer_spec(config: TransformerConfig, case: Case, vp_stage: int | None) -> Any:
     """Stock's local layers; with sequence parallelism also the norms, which Megatron-Core leaves to other packages."""
-    spec = get_gpt_layer_local_spec()
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    if case.grid is not None:
+        return head_dim_spec(spec, config, vp_stage)
     if not config.sequence_parallel:
         return spec
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = SequenceParallelNorm
@@ -217,9 +237,28 @@ def split_axis(param: torch.nn.Parameter) -> int | None:
     return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None
 
 
+def orders_of(model: torch.nn.Module) -> dict[int, list[int]]:
+    """For each parameter that TP ranks do not hold in contiguous parts, by id, the global indices in their order."""
+    orders = {}
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    for path, module in model.named_modules():
+        if isinstance(module, HeadDimColumnParallelLinear | HeadDimRowParallelLinear):
+            order = module.grid_axis.permutation()
+        elif path.endswith("linear_fc1") and model.config.gated_linear_unit:
+            gate, up = torch.arange(2 * model.config.ffn_hidden_size).chunk(2)
+            order = torch.stack((gate.view(tp, -1), up.view(tp, -1)), 1).flatten().tolist()
+        else:
+            continue
+        for param in module.parameters(recurse=False):
+            if split_axis(param) is not None:
+                orders[id(param)] = order
+    return orders
+
+
 def fill(model: torch.nn.Module) -> None:
     """Draw every weight at its global shape from a generator seeded by its global name, and keep this rank's part."""
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    orders = orders_of(model)
     for name, param in global_names(model).items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         axis, shape = split_axis(param), list(param.shape)
@@ -229,6 +268,8 @@ def fill(model: torch.nn.Module) -> None:
             whole = 1 + 0.1 * torch.randn(shape, generator=generator)
         else:
             whole = 0.2 * torch.randn(shape, generator=generator)
+        if id(param) in orders:
+            whole = whole.index_select(axis, torch.tensor(orders[id(param)]))
         with torch.no_grad():
             param.copy_(whole if axis is None else whole.chunk(tp, axis)[rank])
 
@@ -269,24 +310,27 @@ def mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return loss, {"lm loss": loss.detach().clone()}
 
 
-def collect(chunks: list[Any], read: Any) -> dict[str, tuple[torch.Tensor, int | None]]:
+def collect(chunks: list[Any], read: Any) -> dict[str, Part]:
     found = {}
     for chunk in chunks:
         model = chunk.module.module if isinstance(chunk.module, Float16Module) else chunk.module
+        orders = orders_of(model)
         for name, param in global_names(model).items():
-            found[name] = (read(param).float().clone(), split_axis(param))
+            found[name] = (read(param).float().clone(), split_axis(param), orders.get(id(param)))
     return found
 
 
-def assemble(parts: list[dict[str, tuple[torch.Tensor, int | None]]], tp: int) -> dict[str, torch.Tensor]:
+def assemble(parts: list[dict[str, Part]], tp: int) -> dict[str, torch.Tensor]:
     """The global tensors, from what the ranks of a world returned (TP ranks are neighbours)."""
     whole: dict[str, torch.Tensor] = {}
     for first in range(0, len(parts), tp):
-        for name, (tensor, axis) in parts[first].items():
+        for name, (tensor, axis, order) in parts[first].items():
             pieces = [parts[first + r][name][0] for r in range(tp)]
             if axis is None:
                 assert all(torch.equal(piece, tensor) for piece in pieces), f"{name} differs within a TP group"
             joined = tensor if axis is None else torch.cat(pieces, axis)
+            if order is not None:
+                joined = joined.index_select(axis, torch.tensor(order).argsort())
             assert name not in whole or torch.equal(whole[name], joined), f"{name} differs between replicas"
             whole[name] = joined
     return whole
