@@ -60,7 +60,8 @@ def test_trains_as_stock_on_one_rank(ranks: Ranks, case: Case) -> None:
     (stock,) = ranks.run(1, train, stock_case(case))
     found = ranks.run(4, train, case)
     for outcome in found:
-        assert outcome.losses == pytest.approx(stock.losses, rel=1e-5)
+        assert outcome.losses[0] == pytest.approx(stock.losses[0], rel=1e-6)
+        assert outcome.losses == pytest.approx(stock.losses, rel=1e-4)  # behind a step of Adam
         assert outcome.grad_norms == pytest.approx(stock.grad_norms, rel=1e-4)
     for part, bound in (("grads", GRADIENT), ("params", PARAMETER)):
         if part == "grads" and case.distributed_optimizer:
