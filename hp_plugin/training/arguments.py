@@ -7,15 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hp_plugin.training.config import GROUPS, TrainingConfig
 
 
-def build_parser(program: str | None = None) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The parser of the reference trainer; every flag is a field of `TrainingConfig`."""
     parser = argparse.ArgumentParser(
-        prog=program,
         description="Pretrain a GPT with Megatron-Core, stock or on a head × dimension grid.",
         allow_abbrev=False,
     )
@@ -26,21 +26,21 @@ def build_parser(program: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> TrainingConfig:
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """Reads the command line (`sys.argv` by default).
 
     Raises:
         SystemExit: status 2, after one line on stderr, when a flag is unknown, malformed or missing.
     """
-    parser = build_parser(program)
-    parser.error = lambda message: user_error(parser.prog, message)  # type: ignore[method-assign]
+    parser = build_parser()
+    parser.error = user_error  # type: ignore[method-assign]
     return TrainingConfig(**vars(parser.parse_args(arguments)))
 
 
-def user_error(program: str, message: str) -> NoReturn:
+def user_error(message: str) -> NoReturn:
     """Ends the process with status 2; one rank per machine says why, as all its ranks share one command line."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

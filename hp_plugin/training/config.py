@@ -41,7 +41,6 @@ class NetworkOptions:
     rope_scaling_factor: float = _opt(8.0, "factor of --use-rope-scaling")
     normalization: str = _opt("LayerNorm", "normalization layers", ("LayerNorm", "RMSNorm"))
     norm_epsilon: float = _opt(1e-5, "epsilon of normalization layers")
-    apply_layernorm_1p: bool = _opt(False, "norm weights are stored around zero")
     qk_layernorm: bool = _opt(False, "normalize every query and key head")
     swiglu: bool = _opt(False, "gated MLP with SiLU")
     disable_bias_linear: bool = _opt(False, "no biases in linear layers")

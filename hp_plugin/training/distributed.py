@@ -1,0 +1,96 @@
+"""From a configuration to running ranks: device, default process group, agreement, Megatron's parallel state."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from hp_plugin import cpu_backend
+from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
+from hp_plugin.training.agreement import require_agreement
+from hp_plugin.training.config import TrainingConfig
+
+
+def find_world_size() -> int:
+    """Ranks of this run: those of the default group if there is one, else those torchrun announces, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def running_ranks(config: TrainingConfig) -> Iterator[torch.device]:
+    """Joins the default group (torchrun's, one already there, or a world of 1) and sets up Megatron's parallel state.
+
+    Yields the device to train on: this rank's GPU, or the CPU with `hp_plugin.cpu_backend`.
+    What it made is taken down at the end of the block.
+
+    Raises:
+        DisagreementError: the ranks do not have the same configuration.
+    """
+    device = _find_device()
+    joined = not dist.is_initialized()
+    if joined:
+        _join_default_group(config, device)
+    require_agreement(config, device)
+    _initialize_parallel_state(config)
+    _seed_generators(config.seed)
+    yield device
+    # Only after success: a failing rank must not wait here for the others.
+    parallel_state.destroy_model_parallel()
+    if joined:
+        dist.destroy_process_group()
+
+
+def prepare_device() -> None:
+    """Makes Megatron-Core run on the CPU where there is no CUDA; must come before any other use of it."""
+    if not cpu_backend.is_enabled() and not torch.cuda.is_available():
+        cpu_backend.enable()
+
+
+def _find_device() -> torch.device:
+    prepare_device()
+    if cpu_backend.is_enabled():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_default_group(config: TrainingConfig, device: torch.device) -> None:
+    backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    arguments: dict[str, Any] = {"timeout": timedelta(minutes=config.distributed_timeout_minutes)}
+    if device.type == "cuda" and backend == "nccl":
+        arguments["device_id"] = device
+    if "RANK" not in os.environ:  # started by hand: a world of one, which needs no address
+        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **arguments)
+
+
+def _initialize_parallel_state(config: TrainingConfig) -> None:
+    sizes: dict[str, Any] = {
+        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
+        "context_parallel_size": config.context_parallel_size,
+        "distributed_timeout_minutes": config.distributed_timeout_minutes,
+    }
+    if config.head_dim is None:
+        parallel_state.initialize_model_parallel(config.tensor_parallel, **sizes)
+        return
+    initialize_head_dim_parallel(config.head_dim, **sizes)
+
+
+def _seed_generators(seed: int) -> None:
+    """Seeds as Megatron does: pipeline stages differ, TP ranks have a stream each, data-parallel ranks share theirs."""
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
