@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from hp_plugin import cpu_backend
-from tests.dist.gpt import Case, Outcome, assemble, train
+from tests.dist.gpt import Case, Outcome, train
+from tests.dist.gpt_parts import assemble
 from tests.ranks import Ranks
 
 # Half the distance between neighbouring numbers at 1: what storing a value in the type can change, relatively.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hp_plugin.config import HeadDimConfig
-from tests.dist.gpt import Case, assemble, train
+from tests.dist.gpt import Case, train
+from tests.dist.gpt_parts import assemble
 from tests.ranks import Ranks
 
 # Sums of a few hundred fp32 products in another order, and Adam, which divides by small numbers, two steps long.
