@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hp_plugin"
 # Module or package -> (floor, step on that floor). A module imports only what stands lower, or its own package.
 PLACES = {
     "hp_plugin": (0, 0),  # the package root: the version, and names that are loaded on first use
+    "hp_plugin.plain_deepspeed": (0, 0),
     "hp_plugin.exchange_rules": (0, 1),
     "hp_plugin.config": (0, 2),
     "hp_plugin.grid": (0, 3),

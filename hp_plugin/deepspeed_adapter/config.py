@@ -1,0 +1,98 @@
+"""The grid as an option of a DeepSpeed configuration: `{"head_dim_parallel": {"m": 4, "n": 4, "exchange": "auto"}}`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.plain_deepspeed import KEY
+
+_EXAMPLE = f'{{"{KEY}": {{"m": 4, "n": 4, "exchange": "auto"}}}}'
+
+
+def load_settings(config: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration as a dictionary, from whatever DeepSpeed takes: a dictionary, a path, base64 of JSON.
+
+    Source: `deepspeed.runtime.tensor_parallel.init_utils.load_ds_config`, which reads the last two.
+
+    Raises:
+        ValueError: no such file and no base64, a key that is there twice, or JSON that is not an object.
+    """
+    if isinstance(config, dict):
+        return config
+    # Only here: reading an option from a dictionary must not cost the import of DeepSpeed.
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+    settings = load_ds_config(config)
+    if not isinstance(settings, dict):
+        raise ValueError(f"a DeepSpeed configuration must be a JSON object, got {type(settings).__name__}: {config!r}")
+    return settings
+
+
+def head_dim_option(settings: Mapping[str, Any]) -> HeadDimConfig | None:
+    """The grid that a DeepSpeed configuration asks for, or None if it does not name one.
+
+    Raises:
+        ValueError: the option is malformed or misspelled, or contradicts another option of the configuration.
+    """
+    if KEY not in settings:
+        # DeepSpeed passes over keys it does not know, so this typing mistake would train without the grid.
+        for key in settings:
+            if difflib.get_close_matches(str(key).lower().replace("-", "_"), [KEY], cutoff=0.8):
+                raise ValueError(f"the DeepSpeed configuration has {key!r}; did you mean {KEY!r}?")
+        return None
+    option = settings[KEY]
+    if not isinstance(option, Mapping):
+        raise ValueError(f"{KEY} must be an object with m and n, for example {_EXAMPLE}; got {option!r}")
+    known = [field.name for field in fields(HeadDimConfig)]
+    for key in option:
+        if key not in known:
+            raise ValueError(f"{KEY} has no option {key!r}{_hint(key, known)}; it knows {', '.join(known)}")
+    missing = [name for name in ("m", "n") if name not in option]
+    if missing:
+        raise ValueError(f"{KEY} needs both m and n, for example {_EXAMPLE}; {' and '.join(missing)} missing")
+    head_dim = HeadDimConfig(**option)
+    for complaint in _contradictions(settings, head_dim):
+        raise ValueError(f"{KEY} m={head_dim.m}, n={head_dim.n}: {complaint}")
+    return head_dim
+
+
+def _contradictions(settings: Mapping[str, Any], head_dim: HeadDimConfig) -> Iterable[str]:
+    """What DeepSpeed would do to a model on a grid and must not, with the way out."""
+    if head_dim.size == 1:
+        return
+    autotp = _section(settings, "tensor_parallel").get("autotp_size", 0)
+    if autotp:
+        yield f"tensor_parallel.autotp_size {autotp} would split the model a second time: leave tensor_parallel out"
+    for key in ("sequence_parallel_size", "data_parallel_size"):
+        if key in settings:
+            yield f"{key} {settings[key]} asks DeepSpeed for ranks of its own (Ulysses): leave it out"
+    zero = _section(settings, "zero_optimization")
+    for key, off in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
+        if zero.get(key, off) != off:
+            yield (
+                f"zero_optimization.{key} makes groups of neighbouring ranks, which hold different slices of the "
+                "model here, not replicas: leave it out"
+            )
+    half = next((kind for kind in ("bf16", "bfloat16", "fp16") if _section(settings, kind).get("enabled")), None)
+    clip = settings.get("gradient_clipping", 0)
+    if half and clip and not zero.get("stage", 0):
+        yield (
+            f"{half} with gradient_clipping {clip} at ZeRO stage 0 clips by a wrong norm, as DeepSpeed's optimizer "
+            "wrapper forgets there which gradients are sharded: set zero_optimization.stage to 1 (or gradient_clipping "
+            "to 0)"
+        )
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object of the configuration; what else stands there is for DeepSpeed to refuse."""
+    section = settings.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _hint(key: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(key).lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
