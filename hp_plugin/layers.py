@@ -11,9 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor
 
+from hp_plugin.checkpoint_slices import grid_pieces
 from hp_plugin.exchange import QKV, Exchange
 from hp_plugin.groups import HeadDimGroups
 from hp_plugin.sharding import SlicedAxis
@@ -29,6 +31,7 @@ class _GridShard:
     """
 
     shard_dim: int
+    sharded_parameters: tuple[str, ...]
 
     def __init__(
         self,
@@ -59,6 +62,18 @@ class _GridShard:
         """Stock indices of the sharded axis that this rank holds, in local order."""
         return self.grid_axis.owned(*self.grid_groups.coordinates)
 
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Stock's keys and global tensors; what the grid shards is described as this rank's pieces of them."""
+        described = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.grid_axis.n == 1:
+            return described
+        for name in self.sharded_parameters:
+            if isinstance(described.get(prefix + name), ShardedTensor):
+                described[prefix + name] = grid_pieces(
+                    described[prefix + name], self.shard_dim, self.grid_axis, *self.grid_groups.coordinates
+                )
+        return described
+
 
 class HeadDimColumnParallelLinear(_GridShard):
     """Column-parallel linear over all P ranks, then the exchange from dim slices to heads.
@@ -68,6 +83,7 @@ class HeadDimColumnParallelLinear(_GridShard):
     """
 
     shard_dim = 0
+    sharded_parameters = ("weight", "bias")
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | QKV, Tensor | None]:
         mixed, bias = super().forward(*args, **kwargs)
@@ -82,6 +98,7 @@ class HeadDimRowParallelLinear(_GridShard):
     """
 
     shard_dim = 1
+    sharded_parameters = ("weight",)
 
     def forward(self, context: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().forward(self.exchange.to_slices(context), *args, **kwargs)
