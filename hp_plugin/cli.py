@@ -12,6 +12,7 @@ from hp_plugin import __version__
 
 # name -> (module with `add_arguments(parser)` and `run(args) -> exit status`, what the command does)
 COMMANDS = {
+    "plan": ("hp_plugin.plan_cli", "predict speed, communication time and memory of every layout of a model"),
     "doctor": ("hp_plugin.doctor", "say what is installed, what training will run on and what is missing for what"),
 }
 
