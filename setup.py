@@ -33,7 +33,7 @@ setup(
     install_requires=["torch>=2.6", "megatron-core>=0.15,<0.20", "numpy"],
     extras_require={
         "test": ["mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "tensorboard"],
-        "plot": ["matplotlib>=3.8", "rich>=13"],
+        "plot": ["matplotlib>=3.8"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     },
     entry_points={"console_scripts": ["hp-plugin = hp_plugin.cli:main"]},
