@@ -18,7 +18,8 @@ from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import load_model, presets
 from hp_plugin.cost.nccl_tests import read_nccl_tests
 from hp_plugin.cost.planner import make_plan
-from hp_plugin.cost.predict import Prediction, predict
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.report import explanation, hardware_report, plan_report, refused_report
 from hp_plugin.cost.workload import MODES, Workload
 from hp_plugin.exchange_rules import RULES

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.cost.predict import Prediction
+from hp_plugin.cost.prediction import Prediction
 
 COLOURS = {"F": "#4c78a8", "B": "#f58518", "pipeline": "#bab0ac", "gradients": "#54a24b", "optimizer": "#b279a2"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hp_plugin.cost.predict import Prediction
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.stages import split_layers
 
 

@@ -12,7 +12,8 @@ from hp_plugin.cost.hardware import Hardware
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.memory import memory
 from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.predict import Prediction, predict
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.share import Share
 from hp_plugin.cost.workload import Workload
 

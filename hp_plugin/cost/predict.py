@@ -2,81 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from hp_plugin.cost.decode import decode_period
 from hp_plugin.cost.ends_program import embedding, head
 from hp_plugin.cost.feasibility import shape_problems
-from hp_plugin.cost.gradients import OPTIMIZER_BYTES_PER_PARAMETER, chunk_sync, end_of_step
+from hp_plugin.cost.gradient_overlap import gradient_ends, plan_overlap
+from hp_plugin.cost.gradients import OPTIMIZER_BYTES_PER_PARAMETER, end_of_step
 from hp_plugin.cost.hardware import Hardware
 from hp_plugin.cost.layer_program import layer
 from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import Memory, memory
+from hp_plugin.cost.memory import memory
 from hp_plugin.cost.model_shape import ModelShape
 from hp_plugin.cost.placement import placements
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.pricing import Cost, Pricer
 from hp_plugin.cost.program import Collective, Stream
 from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters, build_stages, stage_parameters
+from hp_plugin.cost.stages import build_stages, stage_parameters
 from hp_plugin.cost.timeline import Event, PassTimes, Pipeline, Timeline, simulate
 from hp_plugin.cost.workload import Workload
-
-
-@dataclass
-class Prediction:
-    """One global step, predicted; seconds are means over the pipeline's ranks.
-
-    Args:
-        step: seconds of the whole step. compute: seconds kernels run.
-        waiting: seconds spent in collectives and waiting for them, by group axis; `pipeline` is waiting for other
-            stages and sending to them.
-        hidden: seconds of collectives that ran beside kernels, by group axis.
-        kernels: seconds by first kernel of each block.
-        events: the simulated step, one rank of each pipeline stage.
-    """
-
-    model: ModelShape
-    layout: Layout
-    workload: Workload
-    step: float
-    compute: float
-    waiting: dict[str, float]
-    hidden: dict[str, float]
-    kernels: dict[str, float]
-    memory: Memory
-    micro_batches: int
-    events: list[Event] = field(default_factory=list)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens of the whole job per second (TPS)."""
-        return self.workload.tokens_per_step / self.step
-
-    @property
-    def tpot(self) -> float:
-        """Seconds of communication and waiting per position: TPOT as the design defines it."""
-        return sum(self.waiting.values()) / self.workload.new_tokens_per_sequence
-
-    @property
-    def bubble(self) -> float:
-        """Share of the step spent waiting for other pipeline stages."""
-        return self.waiting.get("pipeline", 0.0) / self.step
-
-    @property
-    def operations_per_s(self) -> float:
-        """Model operations per second and GPU, attention counted in full, backward twice forward."""
-        workload = self.workload
-        seq = workload.seq
-        once = self.model.matmul_operations(workload.tokens_per_step, seq)
-        return once * (3 if workload.training else 1) / self.step / self.layout.world
-
-    @property
-    def bottleneck(self) -> str:
-        """`compute`, or what is waited for most if that takes more than 15 % of the step."""
-        axis = max(self.waiting, key=lambda name: self.waiting[name], default="")
-        if axis and self.waiting[axis] > 0.15 * self.step:
-            return {"pipeline": "pipeline wait", "dp": "DP", "edp": "expert DP"}.get(axis, f"{axis} exchange")
-        return "compute"
 
 
 def predict(
@@ -114,9 +57,14 @@ class _Step:
             )
         self.pricer = Pricer(hardware, self.groups, share.e, layout.fused)
         self.stages = build_stages(share.model, layout)
+        self._chunks = [
+            [stage_parameters(share.model, layout, stage) for stage in self.stages[rank :: layout.pp]]
+            for rank in range(layout.pp)
+        ]
         self.micro_batches = share.workload.global_batch // (layout.dp * layout.micro_batch)
         self.forward, self.backward = self._pass_costs()
         self.transfer = self._transfer()
+        self.overlap = plan_overlap(share, self.pricer, self._chunks, self.forward, self.backward)
 
     def _pass_costs(self) -> tuple[list[Cost], list[Cost]]:
         """Forward and backward cost of one micro-batch, per virtual stage."""
@@ -151,12 +99,12 @@ class _Step:
             return self._continuous()
         count = self.micro_batches
         if full_timeline or count <= self._short(count):
-            line = self._simulate(count)
+            line = self._simulate(count, full_timeline)
             repeated = None
         else:
             # Beyond warm-up and cool-down every pp micro-batches take the same time.
             base = self._short(count)
-            line, longer = self._simulate(base), self._simulate(base + self.share.layout.pp)
+            line, longer = self._simulate(base, False), self._simulate(base + self.share.layout.pp, False)
             repeated = (longer, (count - base) / self.share.layout.pp)
         return self._summary(line, repeated)
 
@@ -164,9 +112,9 @@ class _Step:
         layout = self.share.layout
         return 4 * layout.pp + count % layout.pp
 
-    def _simulate(self, count: int) -> Timeline:
+    def _simulate(self, count: int, record: bool) -> Timeline:
         layout = self.share.layout
-        gates, first_extra, last_extra = self._weight_gathers()
+        overlap = self.overlap
         return simulate(
             Pipeline(
                 layout.pp,
@@ -176,59 +124,19 @@ class _Step:
                 [PassTimes(cost.seconds, cost.compute) for cost in self.backward],
                 self.transfer,
                 blocking=layout.vpp == 1,
-                gates=gates,
-                first_extra=first_extra,
-                last_extra=last_extra,
-            )
+                gates=overlap.gates,
+                first_extra=overlap.first_extra,
+                last_extra=overlap.last_extra,
+            ),
+            record,
         )
-
-    def _chunks(self, rank: int) -> list[RankParameters]:
-        layout = self.share.layout
-        return [stage_parameters(self.share.model, layout, stage) for stage in self.stages[rank :: layout.pp]]
-
-    def _weight_gathers(
-        self,
-    ) -> tuple[dict[tuple[int, int], tuple[float, float]], dict[tuple[int, int], float], dict[tuple[int, int], float]]:
-        """Gates of the first forward passes, and the time that overlapped DP traffic takes from kernels."""
-        taken = self.pricer.hardware["collective_multiprocessors"] / self.pricer.hardware["multiprocessors"]
-        gates, first_extra, last_extra = {}, {}, {}
-        for rank in range(self.share.layout.pp):
-            until = 0.0
-            for chunk, parameters in enumerate(self._chunks(rank)):
-                sync = chunk_sync(self.share, parameters)
-                stage = chunk * self.share.layout.pp + rank
-                gathered = sum(self.pricer.collective(each) for each in sync.weights)
-                reduced = sum(self.pricer.collective(each) for each in sync.gradients)
-                if sync.weights:
-                    until += gathered
-                    gates[rank, chunk] = (until, 1.0 / len(sync.weights))
-                    first_extra[rank, chunk] = taken * min(gathered, self.forward[stage].seconds)
-                if sync.gradients:
-                    last_extra[rank, chunk] = taken * min(reduced, self.backward[stage].seconds)
-        return gates, first_extra, last_extra
-
-    def _gradient_ends(self, line: Timeline) -> list[float]:
-        """When each rank's last gradient bucket is reduced; its events go onto the timeline."""
-        ends = []
-        for rank in range(self.share.layout.pp):
-            at = 0.0
-            chunks = self._chunks(rank)
-            for chunk, start, end in sorted(line.last_backward[rank], key=lambda last: last[2]):
-                buckets = chunk_sync(self.share, chunks[chunk]).gradients
-                for number, bucket in enumerate(buckets):
-                    ready = start + (end - start) * (number + 1) / len(buckets)
-                    begin = max(at, ready)
-                    at = begin + self.pricer.collective(bucket)
-                    line.events.append(Event(rank, "gradients", f"{bucket.name} {chunk}.{number}", begin, at))
-            ends.append(max(at, line.finish[rank]))
-        return ends
 
     def _optimizer(self, rank: int) -> float:
         layout = self.share.layout
         if not self.share.workload.training:
             return 0.0
-        dense = sum(chunk.dense for chunk in self._chunks(rank))
-        experts = sum(chunk.experts for chunk in self._chunks(rank))
+        dense = sum(chunk.dense for chunk in self._chunks[rank])
+        experts = sum(chunk.experts for chunk in self._chunks[rank])
         if layout.zero != "replicated":
             dense /= layout.dp * layout.cp
             experts /= max(1, layout.tp * layout.cp * layout.dp // layout.ep)
@@ -236,7 +144,7 @@ class _Step:
 
     def _summary(self, line: Timeline, repeated: tuple[Timeline, float] | None) -> Prediction:
         share, pp = self.share, self.share.layout.pp
-        ends = self._gradient_ends(line)
+        ends = gradient_ends(line, self.overlap)
         passes_end = line.seconds
         tail = max(ends) - passes_end
         closing = {collective: self.pricer.collective(collective) for collective in end_of_step(share)}
@@ -255,9 +163,8 @@ class _Step:
                     mean.add(self.backward[stage], self.micro_batches / pp)
         for seconds in optimizer:
             mean.add(Cost(seconds, {}, {}, {"optimizer": seconds} if seconds else {}), 1 / pp)
-        # What overlapped gradients took from the kernels is kernel time, too.
-        stolen = sum(line.compute) / pp - self._plain_compute(line)
-        mean.compute += stolen
+        # What data-parallel traffic takes from the kernels beside it is kernel time, too.
+        mean.compute += (sum(self.overlap.first_extra.values()) + sum(self.overlap.last_extra.values())) / pp
         waiting = dict(mean.exposed_by)
         waiting["dp"] = waiting.get("dp", 0.0) + tail + sum(line.gated) / pp
         for collective, seconds in closing.items():
@@ -277,13 +184,6 @@ class _Step:
             self.micro_batches,
             line.events,
         )
-
-    def _plain_compute(self, line: Timeline) -> float:
-        """Kernel seconds of the simulated passes without what DP traffic took, mean over ranks."""
-        count = len([event for event in line.events if event.lane == "passes"])
-        per_micro_batch = sum(cost.compute for cost in (*self.forward, *self.backward))
-        micro_batches = count / (len(self.forward) + len(self.backward))
-        return per_micro_batch * micro_batches / self.share.layout.pp
 
     def _finish_events(
         self, line: Timeline, at: float, closing: dict[Collective, float], optimizer: list[float]

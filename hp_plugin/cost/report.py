@@ -12,7 +12,7 @@ from hp_plugin.cost.layer_program import layer
 from hp_plugin.cost.parameter import KINDS
 from hp_plugin.cost.placement import placements
 from hp_plugin.cost.planner import Plan
-from hp_plugin.cost.predict import Prediction
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.pricing import Pricer
 from hp_plugin.cost.program import collectives
 from hp_plugin.cost.share import Share

@@ -11,7 +11,8 @@ from hp_plugin.cost.hardware import Hardware, load_hardware, package_json
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape, load_model
 from hp_plugin.cost.planner import make_plan
-from hp_plugin.cost.predict import Prediction, predict
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.workload import Workload
 
 GPUS = 16

@@ -6,7 +6,9 @@ Source: `megatron.core.pipeline_parallel.schedules`, `forward_backward_pipelinin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Task:
         return f"{'B' if self.backward else 'F'}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
 
 
-def pipeline_order(rank: int, pp: int, vpp: int, micro_batches: int, training: bool) -> list[Task]:
+@lru_cache(maxsize=1024)
+def pipeline_order(rank: int, pp: int, vpp: int, micro_batches: int, training: bool) -> tuple[Task, ...]:
     """The passes of one pipeline rank, in order: 1F1B, interleaved for vpp > 1, or forward only.
 
     Raises:
@@ -31,7 +34,7 @@ def pipeline_order(rank: int, pp: int, vpp: int, micro_batches: int, training: b
         raise ValueError(f"{micro_batches} micro-batches are no multiple of pp={pp}, as interleaving needs")
     total = micro_batches * vpp
     if not training:
-        return [_task(k, pp, vpp, backward=False) for k in range(total)]
+        return tuple(_task(k, pp, vpp, backward=False) for k in range(total))
     warm_up = pp - rank - 1 if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp
     warm_up = min(warm_up, total)
     order = [_task(k, pp, vpp, backward=False) for k in range(warm_up)]
@@ -39,7 +42,7 @@ def pipeline_order(rank: int, pp: int, vpp: int, micro_batches: int, training: b
         order.append(_task(k + warm_up, pp, vpp, backward=False))
         order.append(_task(k, pp, vpp, backward=True))
     order += [_task(k, pp, vpp, backward=True) for k in range(total - warm_up, total)]
-    return order
+    return tuple(order)
 
 
 def _task(k: int, pp: int, vpp: int, backward: bool) -> Task:
@@ -51,7 +54,7 @@ def _task(k: int, pp: int, vpp: int, backward: bool) -> Task:
     return Task(backward, vpp - 1 - chunk if backward else chunk, micro_batch)
 
 
-def peak_in_flight(order: list[Task], weights: list[float]) -> float:
+def peak_in_flight(order: Sequence[Task], weights: Sequence[float]) -> float:
     """The most activations a rank holds at once: `weights[chunk]` from a forward pass to its backward pass."""
     held = peak = 0.0
     for task in order:

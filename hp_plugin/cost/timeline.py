@@ -76,10 +76,11 @@ class Pipeline:
     last_extra: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
-def simulate(pipeline: Pipeline) -> Timeline:
+def simulate(pipeline: Pipeline, record: bool = True) -> Timeline:
     """Runs every rank's passes in order, each as soon as its input is there and its rank is free.
 
-    A pass sends its result when it ends; the receiver has it `transfer` seconds later.
+    A pass sends its result when it ends; the receiver has it `transfer` seconds later. Events are kept
+    if `record`.
     """
     pp, vpp, count = pipeline.pp, pipeline.vpp, pipeline.micro_batches
     training = bool(pipeline.backward)
@@ -99,7 +100,7 @@ def simulate(pipeline: Pipeline) -> Timeline:
                 ready = _ready(pipeline, done, rank, task)
                 if ready is None:
                     break
-                _run(pipeline, line, done, rank, task, ready)
+                _run(pipeline, line, done, rank, task, ready, record)
                 position[rank] += 1
                 progress = True
     assert all(position[rank] == len(orders[rank]) for rank in range(pp)), "the pipeline's orders wait for each other"
@@ -131,6 +132,7 @@ def _run(
     rank: int,
     task: Task,
     ready: float,
+    record: bool,
 ) -> None:
     stage = task.chunk * pipeline.pp + rank
     times = (pipeline.backward if task.backward else pipeline.forward)[stage]
@@ -152,11 +154,13 @@ def _run(
     done[task.backward, stage, task.micro_batch] = end
     line.compute[rank] += busy
     line.passes[rank] += seconds
-    line.events.append(Event(rank, "passes", str(task), start, end))
+    if record:
+        line.events.append(Event(rank, "passes", str(task), start, end))
     ends = stage == 0 if task.backward else stage == pipeline.pp * pipeline.vpp - 1
     if pipeline.blocking and pipeline.pp > 1 and not ends:
         # Without overlap the sender waits until its message has gone.
         line.sending[rank] += pipeline.transfer
-        line.events.append(Event(rank, "pipeline", f"send {task}", end, end + pipeline.transfer))
+        if record:
+            line.events.append(Event(rank, "pipeline", f"send {task}", end, end + pipeline.transfer))
         end += pipeline.transfer
     line.finish[rank] = end

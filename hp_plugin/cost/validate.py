@@ -10,7 +10,8 @@ from hp_plugin.cost.feasibility import memory_problem, shape_problems
 from hp_plugin.cost.hardware import Hardware, load_hardware
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.memory import memory
-from hp_plugin.cost.predict import Prediction, predict
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.published import FOUNDRY, MEGATRON, Row, foundry_rows, megatron_rows
 from hp_plugin.cost.share import Share
 

@@ -1,0 +1,148 @@
+"""The search: everything feasible is there, everything else has its reason, and the flags say what was predicted."""
+
+from __future__ import annotations
+
+import pytest
+
+from hp_plugin.cost.candidates import Search, candidates
+from hp_plugin.cost.hardware import load_hardware
+from hp_plugin.cost.launch_flags import deepspeed_config, megatron_flags
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape, load_model
+from hp_plugin.cost.planner import fitting, make_plan
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.report import explanation, hardware_report, plan_report
+from hp_plugin.cost.sweep import sweep
+from hp_plugin.cost.workload import Workload
+
+H100 = load_hardware("h100-ib")
+MODEL = ModelShape("m", 4, 1024, 8, 2, 128, 4096, 1024)
+TRAIN = Workload("train", 512, 16)
+PLAN = make_plan(MODEL, 8, TRAIN, H100)
+
+
+def test_candidates_are_unique_and_fill_the_world() -> None:
+    layouts = list(candidates(MODEL, 8, TRAIN, Search()))
+    assert len(layouts) == len(set(layouts)) == len(PLAN.found) + len(PLAN.refused)
+    assert all(layout.world == 8 for layout in layouts)
+    texts = set(map(str, layouts))
+    for wanted in ("tp=8,mbs=2", "tp=2,pp=4,mbs=1,sp", "grid=2x4,exchange=batch,mbs=4", "tp=2,pp=2,vpp=2,dp=2,mbs=2"):
+        assert wanted in texts
+
+
+def test_found_is_sorted_and_agrees_with_single_predictions() -> None:
+    rates = [found.tokens_per_s for found in PLAN.found]
+    assert rates == sorted(rates, reverse=True)
+    for found in PLAN.found[:: len(PLAN.found) // 7]:
+        assert predict(MODEL, found.layout, TRAIN, H100).step == pytest.approx(found.step)
+
+
+def test_refused_layouts_say_why() -> None:
+    reasons = dict((str(layout), reason) for layout, reason in PLAN.refused)
+    assert "needs a micro-batch size divisible by n: 1 % 4" in reasons["grid=2x4,exchange=batch,mbs=1"]
+    assert "m=4 must divide both" in reasons["grid=4x2,exchange=batch,mbs=2"]
+
+
+def test_best_of_each_kind_keeps_the_fastest() -> None:
+    best = PLAN.best_of_each_kind()
+    kinds = [found.layout.kind for found in best]
+    assert len(kinds) == len(set(kinds))
+    for found in best:
+        same = [other for other in PLAN.found if other.layout.kind == found.layout.kind]
+        assert found is same[0]
+
+
+def test_local_is_never_called_exact() -> None:
+    assert any(found.layout.grid and found.layout.grid.exchange == "local" for found in PLAN.found)
+    assert all(found.layout.grid is None or found.layout.grid.exchange != "local" for found in PLAN.exact)
+
+
+def test_recomputation_only_where_memory_demands_it() -> None:
+    model = ModelShape("big", 32, 8192, 64, 8, 128, 28672, 32000, gated=True)
+    workload = Workload("train", 4096, 64)
+    layout = Layout.parse("tp=8,pp=2,dp=2,mbs=4,sp")
+    assert fitting(model, Layout.parse("tp=8,pp=2,dp=2,mbs=1,sp"), workload, H100).layout.recompute == "none"
+    enough = predict(model, layout, workload, H100).memory.total + H100["reserved_bytes"]
+    assert fitting(model, layout, workload, H100, capacity=enough).layout.recompute == "none"
+    squeezed = fitting(model, layout, workload, H100, capacity=enough - 1)
+    assert squeezed.layout.recompute == "full"
+    assert squeezed.memory.total < enough - H100["reserved_bytes"]
+    with pytest.raises(ValueError, match="even with everything recomputed"):
+        fitting(model, layout, workload, H100, capacity=20e9)
+
+
+def test_a_model_that_no_layout_fits_is_told_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match=r"no layout of gpt3-175b \(174.6 B parameters\) fits on 8 GPUs: the smallest"):
+        make_plan(load_model("gpt3-175b"), 8, Workload("train", 2048, 8), H100, Search(exchanges=("batch",)))
+    with pytest.raises(ValueError, match="no layout of m divides over 7 GPUs: global batch 16"):
+        make_plan(MODEL, 7, TRAIN, H100, Search(max_micro_batch=1, micro_batches=3))
+    with pytest.raises(ValueError, match="--gpus must be at least 1"):
+        make_plan(MODEL, 0, TRAIN, H100)
+
+
+def test_megatron_flags_say_the_layout() -> None:
+    found = predict(MODEL, Layout.parse("grid=2x4,exchange=batch,mbs=4,sp,recompute=full"), TRAIN, H100)
+    flags = " ".join(megatron_flags(found, "fp16"))
+    for flag in (
+        "--head-dim-parallel 2,4", "--head-dim-exchange batch", "--num-query-groups 2", "--kv-channels 128",
+        "--micro-batch-size 4", "--global-batch-size 16", "--sequence-parallel", "--recompute-granularity full",
+        "--fp16", "--use-distributed-optimizer", "--seq-length 512",
+    ):  # fmt: skip
+        assert flag in flags
+    assert "--tensor-model-parallel-size" not in flags
+    staged = predict(MODEL, Layout.parse("tp=2,pp=2,vpp=2,mbs=2"), TRAIN, H100)
+    assert "--num-layers-per-virtual-pipeline-stage 1" in megatron_flags(staged)
+    seven = ModelShape("seven", 7, 1024, 8, 2, 128, 4096)
+    assert "--decoder-last-pipeline-num-layers 1" in megatron_flags(
+        predict(seven, Layout.parse("tp=2,pp=4,mbs=2"), TRAIN, H100)
+    )
+
+
+def test_deepspeed_config_says_the_layout() -> None:
+    found = predict(MODEL, Layout.parse("grid=2x2,exchange=batch,dp=2,mbs=4"), TRAIN, H100)
+    assert deepspeed_config(found) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "head_dim_parallel": {"m": 2, "n": 2, "exchange": "batch"},
+    }
+    with pytest.raises(ValueError, match="not part of a DeepSpeed configuration"):
+        deepspeed_config(predict(MODEL, Layout.parse("tp=2,pp=2,mbs=2"), TRAIN, H100))
+
+
+def test_reports_carry_the_numbers() -> None:
+    text = "\n".join(plan_report(PLAN, 3, "bf16"))
+    assert f"{PLAN.found[0].tokens_per_s:,.0f}" in text
+    assert "--tensor-model-parallel-size" in text and "--head-dim-parallel" in text
+    assert f"{len(PLAN.refused)} cannot" in text
+    found = predict(MODEL, Layout.parse("grid=2x4,exchange=batch,mbs=4"), TRAIN, H100)
+    lines = explanation(found, H100)
+    shares = [float(line.rsplit("%", 1)[0].split()[-1]) for line in lines[4:8] if line.endswith("%")]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert any("trade qkv" in line and "all_to_all" in line for line in lines)
+
+
+def test_every_figure_of_a_machine_is_shown_with_its_source() -> None:
+    text = "\n".join(hardware_report(H100))
+    for name, parameter in H100.parameters.items():
+        assert name in text and parameter.source in text
+    assert "ROCm/xla@ad6eaee" in text
+
+
+def test_sweeps_follow_single_predictions() -> None:
+    layout = Layout.parse("tp=2,pp=2,mbs=2")
+    curves = sweep("micro-batches", MODEL, [layout], TRAIN, H100, 4096)
+    points = dict(curves[str(layout)])
+    assert set(points) == {1, 2, 4, 8, 16}
+    assert points[8] == pytest.approx(predict(MODEL, layout, TRAIN, H100).tokens_per_s)
+    weak = dict(sweep("gpus", MODEL, [layout], TRAIN, H100, 64)[str(layout)])
+    assert set(weak) == {4, 8, 16, 32, 64}
+    assert 1.5 < weak[8] / weak[4] <= 2.0
+    lengths = dict(sweep("seq", MODEL, [layout], TRAIN, H100, 2048)[str(layout)])
+    assert set(lengths) <= {128, 256, 512, 1024, 2048}
+    with pytest.raises(ValueError, match="unknown sweep 'heads'"):
+        sweep("heads", MODEL, [layout], TRAIN, H100, 64)
+    with pytest.raises(ValueError, match="no point of the seq sweep can run"):
+        sweep("seq", MODEL, [Layout.parse("tp=3,mbs=1")], TRAIN, H100, 2048)

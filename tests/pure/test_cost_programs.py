@@ -1,0 +1,238 @@
+"""What a rank computes and sends, against counts by hand and the exchange rules that the real layers are held to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hp_plugin.cost.ends_program import embedding, head
+from hp_plugin.cost.exchange_program import exchanged
+from hp_plugin.cost.gradients import bucket_parameters, chunk_sync, end_of_step
+from hp_plugin.cost.layer_program import attention_backward, attention_forward, layer, mlp_forward
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.program import Collective, collectives, operations, received
+from hp_plugin.cost.share import Share
+from hp_plugin.cost.stages import RankParameters
+from hp_plugin.cost.workload import Workload
+from hp_plugin.exchange_rules import RULES
+
+ODD = ModelShape("odd", 3, 40, 12, 6, 20, 72, 104, gated=True)
+"""D 40, 12 heads of 20, 6 groups, MLP 72: nothing square."""
+
+
+def share(layout: str, model: ModelShape = ODD, mode: str = "train", seq: int = 24, batch: int = 64) -> Share:
+    return Share(model, Layout.parse(layout), Workload(mode, seq, batch))
+
+
+def sizes(mine: Share) -> dict[str, int]:
+    layout = mine.layout
+    return {"tp": layout.tp, "dim": layout.n, "head": layout.m, "cp": layout.cp, "ep": layout.ep, "dp": layout.dp}
+
+
+def listed(program: tuple[object, ...]) -> list[tuple[str, str, float]]:
+    return [(each.kind, each.axis, each.bytes) for each in collectives(program)]  # type: ignore[arg-type]
+
+
+def test_stock_tensor_parallel_layer_by_hand() -> None:
+    """Without sequence parallelism: one sum of [s, b, D] after each half, forward and backward."""
+    mine = share("tp=2,mbs=3")
+    hidden = 3 * 24 * 40 * 2
+    passes = layer(mine, moe=False)
+    assert listed(passes.forward) == [("all_reduce", "tp", hidden)] * 2
+    assert listed(passes.backward) == [("all_reduce", "tp", hidden)] * 2
+
+
+def test_sequence_parallel_layer_by_hand() -> None:
+    mine = share("tp=2,mbs=3,sp")
+    hidden = 3 * 24 * 40 * 2
+    gather, scatter = ("all_gather", "tp", hidden), ("reduce_scatter", "tp", hidden)
+    passes = layer(mine, moe=False)
+    assert listed(passes.forward) == [gather, scatter] * 2
+    # Output gradient gathered, input gathered again for the weight gradient, input gradient scattered: twice.
+    assert listed(passes.backward) == [gather, gather, scatter] * 2
+
+
+def test_operations_of_a_layer_add_up_over_ranks() -> None:
+    """Products of TP ranks add to the model's own; backward has twice as many; fused attention counts half and 2.5."""
+    tokens, seq = 3 * 24, 24
+    dense = 2 * tokens * (40 * (12 + 2 * 6) * 20 + 12 * 20 * 40 + 3 * 40 * 72)
+    attention = 4 * 3 * 12 * seq * seq / 2 * 20
+    for text in ("tp=1,mbs=3", "tp=2,mbs=3", "tp=6,mbs=3,sp"):
+        mine = share(text)
+        passes = layer(mine, moe=False)
+        assert operations(passes.forward) * mine.P == pytest.approx(dense + attention), text
+        assert operations(passes.backward) * mine.P == pytest.approx(2 * dense + 2.5 * attention), text
+
+
+def test_grids_compute_what_stock_computes() -> None:
+    stock = layer(share("tp=4,mbs=8"), moe=False)
+    for text in ("grid=2x2,exchange=batch,mbs=8", "grid=2x2,exchange=sequence,mbs=8", "grid=1x4,exchange=batch,mbs=8"):
+        grid = layer(share(text), moe=False)
+        assert operations(grid.forward) == pytest.approx(operations(stock.forward)), text
+        assert operations(grid.backward) == pytest.approx(operations(stock.backward)), text
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("exchange", list(RULES))
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (3, 4), (1, 5), (6, 2)])
+def test_exchanges_move_what_their_rules_say(exchange: str, m: int, n: int, rotary: bool) -> None:
+    """Bytes received in the dim group per layer, forward and backward, equal the closed forms of the exchange rules."""
+    model = replace(ODD, rotary=rotary)
+    mine = share(f"grid={m}x{n},exchange={exchange},mbs={2 * n}", model, seq=520 * n if exchange == "scores" else 8 * n)
+    if RULES[exchange].missing(mine.attention_shape):
+        pytest.skip(f"{exchange} cannot carry this shape")
+    rule, shape = RULES[exchange], mine.attention_shape
+    forward = received(attention_forward(mine), sizes(mine)).get("dim", 0.0)
+    assert forward == pytest.approx(rule.bytes(shape, 2), rel=1e-9, abs=4)
+    backward = received(attention_backward(mine), sizes(mine)).get("dim", 0.0)
+    assert backward == pytest.approx(2 * rule.elements_backward(shape), rel=1e-9, abs=4)
+
+
+def test_batch_trade_by_hand() -> None:
+    """2 × 2 grid, b = 4, s = 24: q, k and v of 6 + 2·3 slots of 10 channels there, 6 slots back."""
+    trades = [each for each in listed(attention_forward(share("grid=2x2,exchange=batch,mbs=4"))) if each[1] == "dim"]
+    qkv, context = 24 * 4 * (6 + 2 * 3) * 10 * 2, 24 * 4 * 6 * 10 * 2
+    assert trades == [("all_to_all", "dim", qkv), ("all_to_all", "dim", context)]
+    back = [each for each in listed(attention_backward(share("grid=2x2,exchange=batch,mbs=4"))) if each[1] == "dim"]
+    assert back == trades[::-1]
+
+
+def test_the_reduction_that_runs_beside_the_weight_gradient() -> None:
+    blocks = [block for block in attention_backward(share("tp=2,mbs=3")) if block.collectives]
+    assert [block.overlap for block in blocks] == [True]
+    assert blocks[0].kernels[0].name == "qkv weight gradient"
+
+
+def test_a_grid_with_one_slice_is_stock() -> None:
+    for pick in (attention_forward, attention_backward, mlp_forward):
+        assert pick(share("grid=6x1,mbs=2")) == pick(share("tp=6,mbs=2"))
+
+
+def test_stock_beyond_the_key_value_heads_gathers_all_of_qkv() -> None:
+    """12 ranks, 6 groups: every rank gathers s·b·(h + 2g)·d and scatters its gradient; the grid moves a fraction."""
+    mine = share("tp=12,mbs=4")
+    whole = 24 * 4 * (12 + 12) * 20 * 2
+    assert ("all_gather", "tp", whole) in listed(attention_forward(mine))
+    assert ("reduce_scatter", "tp", whole) in listed(attention_backward(mine))
+    grid = share("grid=6x2,exchange=batch,mbs=4")
+    stock_bytes = received(attention_forward(mine), sizes(mine))["tp"]
+    grid_bytes = sum(received(attention_forward(grid), sizes(grid)).values())
+    shared = 24 * 4 * 40 * 2 * 2 * 11 / 12  # the sum of [s, b, D] that both have
+    assert grid_bytes - shared < (stock_bytes - shared) / 6
+
+
+def test_context_parallel_ring_by_hand() -> None:
+    mine = share("tp=2,cp=3,mbs=2", seq=48)
+    sends = [each for each in listed(attention_forward(mine)) if each[1] == "cp"]
+    # k and v of 3 groups of 20 channels, 16 positions, 2 samples, 2 bytes, passed on twice.
+    assert sends == [("send_recv", "cp", 2 * 3 * 20 * 16 * 2 * 2)] * 2
+
+
+def test_unfused_attention_beyond_256_channels_in_training_only() -> None:
+    wide = replace(ODD, h=2, g=2, d=512)
+    names = [kernel.name for block in exchanged(share("mbs=1", wide)).core for kernel in block.kernels]
+    assert names == ["scores", "softmax", "context"]
+    forward = exchanged(share("mbs=1", wide, mode="forward")).core
+    assert [kernel.name for block in forward for kernel in block.kernels] == ["attention"]
+    narrow = exchanged(share("grid=1x4,exchange=local,mbs=1", wide)).core
+    assert [kernel.name for block in narrow for kernel in block.kernels] == ["attention"]  # slices of 128 channels
+
+
+def test_decode_reads_the_cache_of_its_share() -> None:
+    """Context 24, 8 sequences: stock ranks beyond g read a whole head each, a grid rank its samples' share."""
+    gqa = replace(ODD, h=12, g=2)
+    stock = exchanged(share("tp=4,mbs=8", gqa, mode="decode")).core[0].kernels[0]
+    assert stock.bytes == 2 * 8 * 1 * 20 * 24 * 2  # type: ignore[union-attr]
+    grid = exchanged(share("grid=2x2,exchange=batch,mbs=8", gqa, mode="decode")).core[0].kernels[0]
+    assert grid.bytes == stock.bytes / 2  # type: ignore[union-attr]
+
+
+def test_recomputation_repeats_the_forward_pass_with_its_collectives() -> None:
+    plain, full = layer(share("tp=2,mbs=2"), False), layer(share("tp=2,mbs=2,recompute=full"), False)
+    assert full.backward == plain.forward + plain.backward
+    wide = replace(ODD, h=2, g=2, d=512)
+    selective = layer(share("mbs=1,recompute=selective", wide), False)
+    extra = operations(selective.backward) - operations(layer(share("mbs=1", wide), False).backward)
+    assert extra == 2 * 2 * (24 * 24 * 512) * 2  # scores and context of two heads
+
+
+MOE = ModelShape("moe", 2, 40, 12, 12, 20, 72, experts=8, top_k=2)
+
+
+def test_megatron_experts_by_hand() -> None:
+    """tp 4, ep 4, 96 tokens: a rank routes 96·2/4 copies of 40 channels there and back."""
+    mine = share("tp=4,ep=4,mbs=4,sp", MOE)
+    trades = [each for each in listed(layer(mine, moe=True).forward) if each[1] == "ep"]
+    assert trades == [("all_to_all", "ep", 48 * 40 * 2)] * 2
+    backward = [each for each in listed(layer(mine, moe=True).backward) if each[1] == "ep"]
+    assert backward == trades
+
+
+def test_deepspeed_experts_gather_what_tensor_ranks_split() -> None:
+    mine = share("tp=4,ep=4,mbs=4,moe=deepspeed", MOE)
+    mlp = listed(layer(mine, moe=True).forward)[1:]
+    assert mlp == [("all_to_all", "ep", 48 * 40 * 2)] * 2 + [("all_gather", "tp", 96 * 40 * 2 * 2)]
+    replicated = share("dp=4,ep=4,mbs=4,moe=deepspeed", MOE)
+    assert [axis for _, axis, _ in listed(layer(replicated, moe=True).forward)] == ["ep", "ep"]
+
+
+def test_expert_operations_add_up_over_ranks() -> None:
+    mine = share("tp=4,ep=4,mbs=4,sp", MOE)
+    per_rank = operations(layer(mine, True).forward) - operations(attention_forward(mine))
+    tokens = 96
+    assert per_rank * 4 == pytest.approx(2 * tokens * (2 * 2 * 40 * 72 + 40 * 8))
+
+
+def test_ends_of_the_model_by_hand() -> None:
+    """Vocabulary 104 over 2 ranks, 72 tokens: embedding sum; three sums of one fp32 number per token in the loss."""
+    mine = share("tp=2,mbs=3")
+    hidden = 72 * 40 * 2
+    assert listed(embedding(mine).forward) == [("all_reduce", "tp", hidden)]
+    assert listed(head(mine).forward) == [("all_reduce", "tp", 4 * 72)] * 3
+    assert listed(head(mine).backward) == [("all_reduce", "tp", hidden)]
+    assert operations(head(mine).forward) == 2 * 72 * 40 * 52
+    bodiless = replace(ODD, vocab=0)
+    assert embedding(share("tp=2,mbs=3", bodiless)).forward == ()
+    assert operations(head(share("tp=2,mbs=3", bodiless)).forward) == 0
+
+
+def test_gradient_buckets_conserve_bytes() -> None:
+    mine = share("tp=2,dp=4,mbs=1")
+    sync = chunk_sync(mine, RankParameters(170e6, 0.0))
+    assert len(sync.gradients) == round(170e6 / bucket_parameters(4)) == 4
+    assert sum(each.bytes for each in sync.gradients) == pytest.approx(170e6 * 4)
+    assert sum(each.bytes for each in sync.weights) == pytest.approx(170e6 * 2)
+    assert {each.kind for each in sync.gradients} == {"reduce_scatter"}
+    replicated = chunk_sync(share("dp=4,mbs=1,zero=replicated"), RankParameters(1e6, 0.0))
+    assert [each.kind for each in replicated.gradients] == ["all_reduce"]
+    assert replicated.weights == ()
+    assert chunk_sync(share("tp=2,mbs=1"), RankParameters(1e6, 0.0)).gradients == ()
+
+
+def test_expert_gradients_go_over_the_experts_replicas() -> None:
+    mine = share("tp=2,dp=4,ep=4,mbs=1,sp", MOE)
+    sync = chunk_sync(mine, RankParameters(1e6, 3e6))
+    assert {(each.axis, each.bytes) for each in sync.gradients} == {("dp", 4e6), ("edp", 12e6)}
+
+
+def test_what_follows_the_last_backward_pass() -> None:
+    tied = replace(ODD, tied=True)
+    mine = share("tp=2,pp=3,mbs=1,sp", tied)
+    expected = [
+        Collective("sum tied embedding gradients", "all_reduce", "pp", 104 / 2 * 40 * 4),
+        Collective("sum norm gradients", "all_reduce", "tp", 2 * 80 * 1 * 4),
+        Collective("gradient norm", "all_reduce", "world", 8.0),
+    ]
+    assert list(end_of_step(mine)) == expected
+    assert end_of_step(share("tp=2,mbs=1", mode="forward")) == ()
+
+
+def test_fully_sharded_weights_travel_beside_each_pass() -> None:
+    mine = share("dp=4,mbs=2,zero=full,fused=off")
+    passes = layer(mine, False)
+    parameters = ODD.layer_parameters(False)
+    assert listed(passes.forward) == [("all_gather", "dp", parameters * 2)]
+    assert listed(passes.backward) == [("all_gather", "dp", parameters * 2), ("reduce_scatter", "dp", parameters * 4)]
+    assert len(passes.forward) == 1 and passes.forward[0].overlap
