@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from hp_plugin.training.corpus import build_corpus
+from hp_plugin.training.corpus import build_corpus, standard_library_sources
 from hp_plugin.training.data import cache_folder
-from tests.dist.training_runs import batches_read, initial_weights, train
+from tests.dist.training_runs import batches_read, build_and_look, initial_weights, train
 from tests.ranks import Ranks
 
 MODEL = "--num-layers 4 --swiglu --qk-layernorm --add-qkv-bias --position-embedding-type learned_absolute"
@@ -103,11 +103,27 @@ def test_ranks_split_the_global_batch_and_nothing_else(ranks, cache):
         assert ranks.run(2, batches_read, cache, flags, 3) == [alone, alone]
 
 
+def test_a_blend_draws_from_both_data_sets_by_weight(ranks, cache, tmp_path):
+    prefixes = []
+    for number in range(2):
+        source = tmp_path / f"{number}.py"
+        source.write_bytes(bytes([number]) * 4000)
+        prefixes.append(build_corpus(tmp_path, [source]))
+    flags = f"--data-path 3 {prefixes[0]} 1 {prefixes[1]} --split 1 --tensor-model-parallel-size 2"
+    left, right = ranks.run(2, batches_read, str(tmp_path), flags, 10)
+    assert left == right
+    sequences = [sequence for batch in left for sequence in batch]
+    assert len(sequences) == 80 and sum(1 in sequence for sequence in sequences) == 20
+
+
 def test_concurrent_builders_leave_one_whole_data_set(ranks, tmp_path):
-    prefixes = ranks.run(4, build_corpus, tmp_path)
-    assert len(set(prefixes)) == 1
-    assert os.listdir(tmp_path) == [os.path.basename(os.path.dirname(prefixes[0]))]
-    assert sorted(os.listdir(os.path.dirname(prefixes[0]))) == ["bytes.bin", "bytes.idx"]
+    found = ranks.run(4, build_and_look, tmp_path)
+    # Whoever gets a prefix, first or last, may read the whole at once.
+    assert found == [found[0]] * 4
+    prefix, (data, _) = found[0]
+    assert data == 2 * sum(path.stat().st_size + 1 for path in standard_library_sources())
+    assert os.listdir(tmp_path) == [os.path.basename(os.path.dirname(prefix))]
+    assert sorted(os.listdir(os.path.dirname(prefix))) == ["bytes.bin", "bytes.idx"]
 
 
 def test_reports(ranks, cache, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hp_plugin.training.arguments import parse_arguments
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.corpus import build_corpus
 from hp_plugin.training.data import batches, build_datasets
 from hp_plugin.training.distributed import running_ranks
 from hp_plugin.training.initialization import initialize_parameters, named_global_parameters
@@ -80,6 +81,13 @@ def batches_read(cache: str, flags: str, iterations: int) -> list[list[list[int]
         batch_size = config.batch_size(dist.get_world_size())
         dataset = build_datasets(config, batch_size)[0]
         return [batch["tokens"].tolist() for batch in batches(dataset, config, iterations, batch_size)]
+
+
+def build_and_look(cache: Path) -> tuple[str, list[int]]:
+    """The prefix of the default data set and the sizes its files have the moment it is there, in bytes."""
+    dist.barrier()
+    prefix = build_corpus(cache)
+    return prefix, [Path(prefix + ending).stat().st_size for ending in (".bin", ".idx")]
 
 
 def _plain(tensor: Tensor) -> Any:
