@@ -40,7 +40,7 @@ PARAMETERS = {
 """Every number a machine description has to give, and its meaning; SI units."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hardware:
     """A machine as the predictions see it.
 

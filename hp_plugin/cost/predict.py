@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from hp_plugin.cost.decode import decode_period
-from hp_plugin.cost.ends_program import embedding, head
 from hp_plugin.cost.feasibility import shape_problems
 from hp_plugin.cost.gradient_overlap import gradient_ends, plan_overlap
 from hp_plugin.cost.gradients import OPTIMIZER_BYTES_PER_PARAMETER, end_of_step
 from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.layer_program import layer
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.memory import memory
 from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.pass_costs import part_costs
 from hp_plugin.cost.placement import placements
 from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.pricing import Cost, Pricer
@@ -62,29 +61,24 @@ class _Step:
             for rank in range(layout.pp)
         ]
         self.micro_batches = share.workload.global_batch // (layout.dp * layout.micro_batch)
-        self.forward, self.backward = self._pass_costs()
+        self.forward, self.backward = self._pass_costs(hardware)
         self.transfer = self._transfer()
         self.overlap = plan_overlap(share, self.pricer, self._chunks, self.forward, self.backward)
 
-    def _pass_costs(self) -> tuple[list[Cost], list[Cost]]:
+    def _pass_costs(self, hardware: Hardware) -> tuple[list[Cost], list[Cost]]:
         """Forward and backward cost of one micro-batch, per virtual stage."""
-        kinds = {moe for stage in self.stages for moe, count in ((False, stage.dense), (True, stage.moe)) if count}
-        layers = {moe: layer(self.share, moe) for moe in kinds}
-        ahead = {moe: self.pricer.cost(layers[moe].forward) for moe in kinds}
-        back = {moe: self.pricer.cost(layers[moe].backward) for moe in kinds}
-        ends = {"first": embedding(self.share), "last": head(self.share)}
         forward: list[Cost] = []
         backward: list[Cost] = []
         for stage in self.stages:
-            for costs, by_kind, direction in ((forward, ahead, "forward"), (backward, back, "backward")):
-                total = Cost()
-                for moe, count in ((False, stage.dense), (True, stage.moe)):
-                    if count:
-                        total.add(by_kind[moe], count)
-                for name, here in (("first", stage.first), ("last", stage.last)):
-                    if here:
-                        total.add(self.pricer.cost(getattr(ends[name], direction)))
-                costs.append(total)
+            ahead, back = Cost(), Cost()
+            counts = {"dense": stage.dense, "moe": stage.moe, "first": int(stage.first), "last": int(stage.last)}
+            for part, count in counts.items():
+                if count:
+                    costs = part_costs(hardware, self.groups, self.share, part)
+                    ahead.add(costs[0], count)
+                    back.add(costs[1], count)
+            forward.append(ahead)
+            backward.append(back)
         return forward, backward if self.share.workload.training else []
 
     def _transfer(self) -> float:
