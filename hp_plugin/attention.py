@@ -33,6 +33,7 @@ from hp_plugin.groups import HeadDimGroups
 from hp_plugin.inner_attention.slice_norm import slice_norm
 from hp_plugin.inner_attention.slice_rotary import rotate_slices
 from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
+from hp_plugin.plain_deepspeed import guard_plain_deepspeed
 from hp_plugin.sharding import proj_columns, qkv_rows
 from hp_plugin.transformer_config import attention_shape, unsupported
 
@@ -62,6 +63,7 @@ class HeadDimSelfAttention(SelfAttention):
         pg_collection: Any = None,
         **kwargs: Any,
     ) -> None:
+        guard_plain_deepspeed()  # with this layer in it, a model needs the adapter's mpu and gradient sums
         head_dim: HeadDimConfig = config.head_dim_parallel
         groups = HeadDimGroups.from_collection(pg_collection)
         if (groups.grid.m, groups.grid.n) != (head_dim.m, head_dim.n):
