@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from hp_plugin.cpu_backend import communication, cuda_calls, devices, missing_packages, random_states
+from hp_plugin.cpu_backend import (
+    communication,
+    cuda_calls,
+    devices,
+    missing_packages,
+    mixture_of_experts,
+    random_states,
+)
 from hp_plugin.cpu_backend.hook import Hook
 
 __all__ = ["HOOKS", "Hook", "enable", "is_enabled"]
@@ -20,6 +27,7 @@ HOOKS: list[Hook] = [
     *random_states.HOOKS,
     *communication.HOOKS,
     *missing_packages.HOOKS,
+    *mixture_of_experts.HOOKS,
 ]
 
 _enabled = False
