@@ -1,0 +1,76 @@
+"""What a checkpoint says about the grid it was trained on, and which grids may load it; no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hp_plugin.config import HeadDimConfig
+
+OVERRIDE_FLAG = "--head-dim-allow-other-function"
+
+
+def record_head_dim(arguments: Any, head_dim: HeadDimConfig | None) -> None:
+    """Sets `head_dim_parallel` ("m,n" or None) and `head_dim_exchange` on a namespace that checkpoints keep."""
+    arguments.head_dim_parallel = None if head_dim is None else f"{head_dim.m},{head_dim.n}"
+    arguments.head_dim_exchange = None if head_dim is None else head_dim.exchange
+
+
+def recorded_head_dim(arguments: Any) -> HeadDimConfig | None:
+    """The grid that a checkpoint's arguments name; None for stock ones, also from before the plugin.
+
+    Raises:
+        ValueError: the record is not one this release understands.
+    """
+    grid = getattr(arguments, "head_dim_parallel", None)
+    if grid is None:
+        return None
+    return HeadDimConfig.parse(grid, getattr(arguments, "head_dim_exchange", None) or "auto")
+
+
+def check_same_function(saved: HeadDimConfig | None, own: HeadDimConfig | None, override: bool = False) -> None:
+    """Refuses a checkpoint whose weights mean another attention here than where they were trained.
+
+    The shapes agree, so nothing else would notice. `local` with n slices is attention with h · n narrow heads: it may
+    go to any m with the same n, under `local`. All exact exchanges, and stock, are one function.
+
+    Raises:
+        ValueError: both sides, what it would do, and the ways out.
+    """
+    theirs, ours = _function(saved), _function(own)
+    if theirs == ours or override:
+        return
+    raise ValueError(
+        f"the checkpoint was trained with {_described(saved)}, and this run has {_described(own)}: the same weights "
+        f"would compute another function. Keep n and the exchange of the checkpoint, or give {OVERRIDE_FLAG} to train "
+        "on from these weights all the same"
+    )
+
+
+def check_same_layout(what: str, saved: HeadDimConfig | None, own: HeadDimConfig | None) -> None:
+    """Refuses contents that are a rank's own bytes (`what`) on a grid that cuts them otherwise.
+
+    Raises:
+        ValueError: the grids own different slices of the attention weights.
+    """
+    if _slices(saved) != _slices(own):
+        raise ValueError(
+            f"{what} loads only on the layout that saved it: the checkpoint is from {_described(saved)}, this run has "
+            f"{_described(own)}. Load it there and save it with --ckpt-format torch_dist (distributed optimizer: "
+            "fully_reshardable), which loads everywhere"
+        )
+
+
+def _function(head_dim: HeadDimConfig | None) -> int:
+    """Slices that run a softmax of their own: 1 for everything exact."""
+    return 1 if head_dim is None or head_dim.exact else head_dim.n
+
+
+def _slices(head_dim: HeadDimConfig | None) -> tuple[int, int] | None:
+    """Grids with n = 1 hold what stock holds; their TP size is compared elsewhere."""
+    return None if head_dim is None or head_dim.n == 1 else (head_dim.m, head_dim.n)
+
+
+def _described(head_dim: HeadDimConfig | None) -> str:
+    if head_dim is None:
+        return "no grid (stock attention)"
+    return f"--head-dim-parallel {head_dim.m},{head_dim.n} --head-dim-exchange {head_dim.exchange}"
