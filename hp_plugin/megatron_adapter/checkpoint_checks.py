@@ -1,0 +1,82 @@
+"""What a torch_dist checkpoint must have to be loaded here, said before anything of it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+SHOWN = 3
+
+
+class WrongModelError(ValueError):
+    """The checkpoint is of another model; raised on all ranks alike."""
+
+
+def check_files(folder: str | Path) -> None:
+    """Refuses a checkpoint folder with a missing or truncated file; reads the index, no shard.
+
+    Raises:
+        ValueError: names the files.
+    """
+    folder = Path(folder)
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (folder / name).is_file():
+            raise ValueError(f"checkpoint {folder} has no file {name}: it is incomplete, load another iteration")
+    ends: dict[str, int] = {}
+    for piece in (_metadata(folder).storage_data or {}).values():
+        ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+    complaints = []
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            complaints.append(f"{path} is missing")
+        elif path.stat().st_size < end:
+            complaints.append(f"{path} is truncated: {path.stat().st_size} bytes, where its pieces end at {end}")
+    if complaints:
+        more = f" (and {len(complaints) - SHOWN} more)" if len(complaints) > SHOWN else ""
+        raise ValueError("; ".join(complaints[:SHOWN]) + more + ": restore it, or load another iteration")
+
+
+def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path) -> None:
+    """Refuses a checkpoint of another model, on all ranks together; a collective call over the default group.
+
+    Args:
+        sharded_state_dict: what is to be loaded, as `dist_checkpointing.load` takes it.
+
+    Raises:
+        WrongModelError: names the first tensors that are not there or have another global shape.
+    """
+    stored = _metadata(Path(folder)).state_dict_metadata
+    complaints = []
+    for tensor in _expected(sharded_state_dict):
+        size = getattr(stored.get(tensor.key), "size", None)
+        if size is None:
+            complaints.append(f"{tensor.key} {tuple(tensor.global_shape)} is not in the checkpoint")
+        elif tuple(size) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+            complaints.append(f"{tensor.key} is {tuple(size)} there and {tuple(tensor.global_shape)} here")
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, complaints)
+    said = list(dict.fromkeys(complaint for complaints in everyone for complaint in complaints))
+    if said:
+        more = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
+        raise WrongModelError(f"checkpoint {folder} is of another model: " + "; ".join(said[:SHOWN]) + more)
+
+
+def _metadata(folder: Path) -> Metadata:
+    return FileSystemReader(folder).read_metadata()
+
+
+def _expected(sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
+    found: list[ShardedTensor] = []
+    for entry in nested_values(extract_sharded_tensors_and_factories(sharded_state_dict)[0]):
+        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        values = [built] if isinstance(built, ShardedTensor) else list(nested_values(built))
+        found += [value for value in values if isinstance(value, ShardedTensor)]
+    return found
