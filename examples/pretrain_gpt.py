@@ -20,8 +20,10 @@ if __name__ == "__main__":
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hp_plugin.megatron_adapter.checkpoint_checks import WrongModelError
 from hp_plugin.training.agreement import DisagreementError
 from hp_plugin.training.arguments import parse_arguments, user_error
+from hp_plugin.training.checkpointing import Checkpoints
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import batches, build_datasets
@@ -46,18 +48,23 @@ def pretrain(config: TrainingConfig, transformer_config: TransformerConfig) -> d
         parameters = sum(p.numel() for chunk in trainer.model for p in chunk.parameters())
         print_rank_0(f" > parameters on rank 0: {parameters} ({device.type})")
 
+        checkpoints = Checkpoints(trainer)
+        done = checkpoints.load()
+
         # Every rank reads the samples of its data-parallel rank from the same indexed files.
         train_set, valid_set, test_set = build_datasets(config, trainer.batch_size)
-        train_batches = batches(train_set, config, config.train_iters, trainer.batch_size)
+        train_batches = batches(train_set, config, config.train_iters, trainer.batch_size, done)
         evaluations = config.train_iters // (config.eval_interval or config.train_iters) + 1
         valid_batches = test_batches = None
         if config.eval_interval and valid_set is not None:
-            valid_batches = batches(valid_set, config, evaluations * config.eval_iters, trainer.batch_size)
+            evaluated = done // config.eval_interval * config.eval_iters
+            valid_batches = batches(valid_set, config, evaluations * config.eval_iters, trainer.batch_size, evaluated)
         if config.eval_interval and test_set is not None:
             test_batches = batches(test_set, config, config.eval_iters, trainer.batch_size)
 
         with TrainingLog(trainer) as log:
-            for iteration in range(1, config.train_iters + 1):
+            iteration = done
+            for iteration in range(done + 1, config.train_iters + 1):
                 log.iteration(iteration, train_step(trainer, train_batches))
                 last = iteration == config.train_iters
                 if valid_batches is not None and (last or iteration % config.eval_interval == 0):
@@ -68,6 +75,9 @@ def pretrain(config: TrainingConfig, transformer_config: TransformerConfig) -> d
                     started = time.perf_counter()
                     loss = evaluate(trainer, test_batches, config.eval_iters)
                     log.evaluation(iteration, "test", loss, started)
+                if checkpoints.after(iteration):
+                    break
+            checkpoints.finish(iteration)
         return log.losses
 
 
@@ -80,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         user_error(str(mistake))
     try:
         pretrain(config, transformer_config)
-    except DisagreementError as mistake:
+    except (DisagreementError, WrongModelError) as mistake:
         user_error(str(mistake))
 
 

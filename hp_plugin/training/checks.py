@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from hp_plugin.training.checkpointing import check_load
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
+from hp_plugin.training.moe import moe_complaints
 
 _POSITIVE = (
     "num_layers",
@@ -33,6 +35,8 @@ _POSITIVE = (
     "eval_interval",
     "eval_iters",
     "log_interval",
+    "save_interval",
+    "exit_interval",
 )
 
 
@@ -44,6 +48,7 @@ def check_config(config: TrainingConfig, world_size: int) -> None:
     """
     for complaint in _complaints(config, world_size):
         raise ValueError(complaint)
+    check_load(config)
 
 
 def _complaints(config: TrainingConfig, world_size: int) -> Iterator[str]:
@@ -54,8 +59,10 @@ def _complaints(config: TrainingConfig, world_size: int) -> Iterator[str]:
     yield from _layout(config, world_size)
     yield from _batch(config, world_size)
     yield from _model(config)
+    yield from moe_complaints(config)
     yield from _precision_and_schedule(config)
     yield from _data_and_reports(config)
+    yield from _checkpoints(config)
 
 
 def _layout(config: TrainingConfig, world_size: int) -> Iterator[str]:
@@ -178,3 +185,21 @@ def _data_and_reports(config: TrainingConfig) -> Iterator[str]:
         yield "--tensorboard-dir needs the package tensorboard, which is not installed"
     if config.distributed_backend == "nccl" and not torch.cuda.is_available():
         yield "--distributed-backend nccl needs CUDA, which this machine does not have: leave it out or give gloo"
+
+
+def _checkpoints(config: TrainingConfig) -> Iterator[str]:
+    if config.save is None:
+        if config.save_interval is not None:
+            yield f"--save-interval {config.save_interval} needs --save, the directory to save to"
+        if config.async_save:
+            yield "--async-save needs --save, the directory to save to"
+    elif Path(config.save).exists() and not Path(config.save).is_dir():
+        yield f"--save {config.save} is a file: name a directory"
+    if config.load is not None and Path(config.load).exists() and not Path(config.load).is_dir():
+        yield f"--load {config.load} is a file: name the directory that --save named"
+    if config.finetune and config.load is None:
+        yield "--finetune needs --load, the checkpoint to start from"
+    if config.ckpt_format == "torch" and config.async_save:
+        yield "--async-save needs --ckpt-format torch_dist, got torch"
+    if config.ckpt_format == "torch" and config.use_distributed_optimizer:
+        yield "--use-distributed-optimizer needs --ckpt-format torch_dist, got torch"

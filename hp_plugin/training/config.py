@@ -132,6 +132,22 @@ class DistributedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureOptions:
+    """mixture of experts"""
+
+    num_experts: int | None = _opt(None, "experts per MoE layer (default: dense MLPs)")
+    moe_backend: str = _opt("megatron", "whose mixture of experts", ("megatron", "deepspeed"))
+    moe_router_topk: int = _opt(2, "experts per token")
+    moe_router_pre_softmax: bool = _opt(False, "softmax before choosing experts; top-1 needs it")
+    moe_aux_loss_coeff: float = _opt(0.0, "coefficient of the load-balancing loss")
+    moe_expert_capacity_factor: float | None = _opt(None, "drop tokens above this times an equal share (default: none)")
+    moe_layer_freq: int = _opt(1, "one MoE layer in every so many")
+    moe_ffn_hidden_size: int | None = _opt(None, "width of an expert (default: that of a dense MLP)")
+    expert_model_parallel_size: int = _opt(1, "ranks that share the experts")
+    expert_tensor_parallel_size: int | None = _opt(None, "ranks that share one expert (default: the TP size)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """data"""
 
@@ -157,6 +173,22 @@ class ReportOptions:
     loss_file: str | None = _opt(None, 'JSON file for {iteration: lm loss}, e.g. {"1": 5.6}')
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """checkpointing"""
+
+    save: str | None = _opt(None, "directory to save checkpoints to; the last iteration is always saved")
+    load: str | None = _opt(None, "directory to resume from; one without a checkpoint starts from the beginning")
+    save_interval: int | None = _opt(None, "iterations between checkpoints")
+    exit_interval: int | None = _opt(None, "end the run after an iteration divisible by this")
+    async_save: bool = _opt(False, "write checkpoints while training goes on")
+    ckpt_format: str = _opt("torch_dist", "torch_dist loads on any layout, torch on its own", ("torch_dist", "torch"))
+    finetune: bool = _opt(False, "load weights alone and start at iteration 0")
+    head_dim_allow_other_function: bool = _opt(
+        False, "load a checkpoint of --head-dim-exchange local where its weights mean another attention"
+    )
+
+
 GROUPS: tuple[type, ...] = (
     NetworkOptions,
     RegularizationOptions,
@@ -164,8 +196,10 @@ GROUPS: tuple[type, ...] = (
     LearningRateOptions,
     PrecisionOptions,
     DistributedOptions,
+    MixtureOptions,
     DataOptions,
     ReportOptions,
+    CheckpointOptions,
 )
 
 
@@ -177,8 +211,10 @@ class TrainingConfig(
     LearningRateOptions,
     PrecisionOptions,
     DistributedOptions,
+    MixtureOptions,
     DataOptions,
     ReportOptions,
+    CheckpointOptions,
 ):
     """All options of one run; `checks.check_config` says whether they fit a world."""
 

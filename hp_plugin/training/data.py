@@ -128,16 +128,16 @@ def build_datasets(config: TrainingConfig, batch_size: int) -> list[GPTDataset |
 
 
 def batches(
-    dataset: Dataset[dict[str, torch.Tensor]], config: TrainingConfig, iterations: int, batch_size: int
+    dataset: Dataset[dict[str, torch.Tensor]], config: TrainingConfig, iterations: int, batch_size: int, done: int = 0
 ) -> Batches:
-    """Iterators over this data-parallel rank's micro-batches of `iterations` global batches.
+    """Iterators over this data-parallel rank's micro-batches of `iterations` global batches, the first `done` left out.
 
     Micro-step k of an iteration takes the next b · DP samples, data-parallel rank r the r-th b of them; tensor- and
     pipeline-parallel ranks read the same ones. Tensors are [b, s] (`attention_mask`: [b, 1, s, s]).
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     b = config.micro_batch_size
-    starts = range(rank * b, iterations * batch_size, b * ranks)
+    starts = range(done * batch_size + rank * b, iterations * batch_size, b * ranks)
 
     def read() -> Iterator[dict[str, torch.Tensor]]:
         plan = (range(start, start + b) for start in starts)

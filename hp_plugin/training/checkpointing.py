@@ -1,0 +1,191 @@
+"""Saving and resuming the reference trainer, with the meaning that Megatron-LM gives its flags."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from hp_plugin.checkpoint_rules import check_same_function, recorded_head_dim
+from hp_plugin.megatron_adapter.checkpoint_checks import check_files, check_tensors
+from hp_plugin.training import legacy_checkpoint
+from hp_plugin.training.checkpoint_folder import RELEASE, CheckpointFolder
+from hp_plugin.training.checkpoint_state import content_metadata, restore, sharded_state
+from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.log import print_rank_0
+from hp_plugin.training.step import Trainer
+
+_SAME_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_query_groups")
+_LAYOUT = (
+    *("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "context_parallel_size", "head_dim_parallel"),
+)
+
+
+def check_load(config: TrainingConfig) -> None:
+    """Reads what the checkpoint to load says of itself; needs no process group.
+
+    Raises:
+        ValueError: it is incomplete, of another model or another attention, or in a format that this run cannot load.
+    """
+    folder = None if config.load is None else CheckpointFolder(Path(config.load)).latest()
+    if folder is None:
+        return
+    if (folder / "metadata.json").is_file() != (config.ckpt_format == "torch_dist"):
+        raise ValueError(f"{folder} is not of --ckpt-format {config.ckpt_format}: give the other one, or load another")
+    if config.ckpt_format == "torch":
+        saved = legacy_checkpoint.read_arguments(folder)
+        legacy_checkpoint.check_layout(config, saved)
+    else:
+        check_files(folder)
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        saved = common.get("args", Namespace())
+        if not config.finetune:
+            _check_optimizer(config, folder, saved, common)
+    own = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "kv_channels": config.kv_channels or config.hidden_size // config.num_attention_heads,
+        "num_query_groups": config.query_groups,
+    }
+    for name in _SAME_MODEL:
+        theirs = getattr(saved, name, None)
+        if theirs is not None and theirs != own[name]:
+            raise ValueError(
+                f"checkpoint {folder} is of a model with --{name.replace('_', '-')} {theirs}, this run has {own[name]}"
+            )
+    check_same_function(recorded_head_dim(saved), config.head_dim, config.head_dim_allow_other_function)
+
+
+def _check_optimizer(config: TrainingConfig, folder: Path, saved: Namespace, common: dict[str, Any]) -> None:
+    way_out = "or give --finetune to start from its weights alone"
+    theirs = getattr(saved, "use_distributed_optimizer", config.use_distributed_optimizer)
+    if theirs != config.use_distributed_optimizer:
+        with_or_without = "with" if theirs else "without"
+        raise ValueError(
+            f"checkpoint {folder} was saved {with_or_without} --use-distributed-optimizer: run {with_or_without} it "
+            + way_out
+        )
+    content = common.get("content_metadata") or {}
+    kind = content.get("distrib_optim_sharding_type", "fully_reshardable")
+    if theirs and kind != "fully_reshardable":
+        raise ValueError(
+            f"checkpoint {folder} keeps the distributed optimizer's state as {kind}, which loads only into the very "
+            f"run that saved it: save it there with --dist-ckpt-optim-fully-reshardable, {way_out}"
+        )
+
+
+class Checkpoints:
+    """Loads and saves one trainer, after `check_load`; every method is a collective call."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.config = trainer.config
+        self.saved = -1
+        self._queue = AsyncCallsQueue()
+
+    def load(self) -> int:
+        """Restores the latest checkpoint of --load; returns its iteration, 0 if there is none or to --finetune.
+
+        Raises:
+            ValueError: it is of another model; names the first tensors that differ.
+        """
+        folder = None if self.config.load is None else CheckpointFolder(Path(self.config.load)).latest()
+        if folder is None:
+            if self.config.load is not None:
+                print_rank_0(f" > no checkpoint in {self.config.load} yet: starting from the initial weights")
+            return 0
+        if self.config.ckpt_format == "torch":
+            iteration = legacy_checkpoint.load(self.trainer, folder)
+        else:
+            iteration = self._load_sharded(folder)
+        iteration = 0 if self.config.finetune or folder.name == RELEASE else iteration
+        dist.barrier()
+        print_rank_0(f" > loaded {folder}; going on after iteration {iteration}")
+        self.saved = iteration
+        return iteration
+
+    def after(self, iteration: int) -> bool:
+        """Saves if --save-interval says so; True if --exit-interval says that the run ends here."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+        if self.config.save_interval is not None and iteration % self.config.save_interval == 0:
+            self.save(iteration)
+        return self.config.exit_interval is not None and iteration % self.config.exit_interval == 0
+
+    def finish(self, iteration: int) -> None:
+        """Saves the last iteration unless it is saved, and waits until everything is on disk."""
+        if self.config.save is not None and iteration > 0 and self.saved != iteration:
+            self.save(iteration)
+        self._queue.maybe_finalize_async_calls(blocking=True)
+        self._queue.close()
+
+    def save(self, iteration: int) -> None:
+        """Writes a checkpoint; with --async-save, begins to, after the last one is complete."""
+        assert self.config.save is not None
+        # Two at a time could become complete in the wrong order.
+        self._queue.maybe_finalize_async_calls(blocking=True)
+        folders = CheckpointFolder(Path(self.config.save))
+        if dist.get_rank() == 0:
+            folders.begin(iteration)
+        dist.barrier()
+        partial = str(folders.partial(iteration))
+
+        def complete() -> None:
+            if dist.get_rank() == 0:
+                folders.complete(iteration)
+            print_rank_0(f" > saved checkpoint of iteration {iteration} to {self.config.save}")
+
+        self.saved = iteration
+        if self.config.ckpt_format == "torch":
+            legacy_checkpoint.save(self.trainer, iteration, Path(partial))
+        else:
+            metadata = content_metadata(self.trainer)
+            content = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
+            request = dist_checkpointing.save(
+                sharded_state(self.trainer, iteration, metadata),
+                partial,
+                async_sharded_save=self.config.async_save,
+                content_metadata=content,
+            )
+            if request is not None:
+                request.add_finalize_fn(complete)
+                self._queue.schedule_async_request(request)
+                return
+        dist.barrier()
+        complete()
+        dist.barrier()
+
+    def _load_sharded(self, folder: Path) -> int:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        saved: Namespace = common.get("args", Namespace())
+        whole = not self.config.finetune
+        state = sharded_state(
+            self.trainer,
+            0,
+            content_metadata(self.trainer),
+            loading=True,
+            optimizer=whole,
+            # Random states are a rank's own: another layout starts with new ones, as Megatron-LM does.
+            random_states=whole and self._same_layout(saved) and folder.name != RELEASE,
+        )
+        check_tensors(state, folder)
+        loaded = dist_checkpointing.load(state, str(folder))
+        restore(self.trainer, loaded)
+        return int(common.get("iteration", 0))
+
+    def _same_layout(self, saved: Namespace) -> bool:
+        config = self.config
+        own = {
+            "world_size": dist.get_world_size(),
+            "tensor_model_parallel_size": config.tensor_parallel,
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
+            "context_parallel_size": config.context_parallel_size,
+            "head_dim_parallel": None if config.head_dim is None else f"{config.head_dim.m},{config.head_dim.n}",
+        }
+        return all(getattr(saved, name, None) == own[name] for name in _LAYOUT)

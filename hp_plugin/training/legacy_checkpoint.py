@@ -1,0 +1,108 @@
+"""Megatron's old `torch` format: one file per tensor- and pipeline-parallel rank, for the same layout only."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from hp_plugin.checkpoint_rules import check_same_layout, recorded_head_dim
+from hp_plugin.training.checkpoint_state import (
+    VERSION,
+    arguments_record,
+    model_keys,
+    read_random_states,
+    restore,
+    unwrapped,
+)
+from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.step import Trainer
+
+FILE = "model_optim_rng.pt"
+
+
+def save(trainer: Trainer, iteration: int, folder: Path) -> None:
+    """Writes this rank's file; data-parallel replicas hold the same, and the first of them writes."""
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return
+    state: dict[str, Any] = {
+        "args": arguments_record(trainer, iteration),
+        "checkpoint_version": VERSION,
+        "iteration": iteration,
+        "optimizer": trainer.optimizer.state_dict(),
+        "opt_param_scheduler": trainer.scheduler.state_dict(),
+        "rng_state": [read_random_states()],
+    }
+    for key, chunk in zip(model_keys(trainer), trainer.model, strict=True):
+        state[key] = unwrapped(chunk).state_dict_for_save_checkpoint()
+    path = _rank_file(trainer.config, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+
+
+def load(trainer: Trainer, folder: Path) -> int:
+    """Restores this rank's file; returns its iteration. Only what this trainer wrote: it unpickles.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = _rank_file(trainer.config, folder)
+    state = _read(path)
+    if trainer.config.finetune:
+        for part in ("optimizer", "opt_param_scheduler", "rng_state"):
+            state.pop(part, None)
+    restore(trainer, state)
+    return int(state["iteration"])
+
+
+def read_arguments(folder: Path) -> Namespace:
+    """The options that the first rank's file records.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    files = sorted(folder.glob(f"mp_rank_*/{FILE}"))
+    if not files:
+        raise ValueError(f"checkpoint {folder} has no mp_rank_*/{FILE}: it is incomplete, load another iteration")
+    arguments: Namespace = _read(files[0])["args"]
+    return arguments
+
+
+def check_layout(config: TrainingConfig, saved: Namespace) -> None:
+    """Refuses a layout that this format cannot serve.
+
+    Raises:
+        ValueError: sizes or grids differ; names them.
+    """
+    check_same_layout("a checkpoint of --ckpt-format torch", recorded_head_dim(saved), config.head_dim)
+    for name, own in (
+        ("tensor_model_parallel_size", config.tensor_parallel),
+        ("pipeline_model_parallel_size", config.pipeline_model_parallel_size),
+        ("virtual_pipeline_model_parallel_size", config.virtual_pipeline),
+    ):
+        theirs = getattr(saved, name, own)
+        if theirs != own:
+            raise ValueError(
+                f"a checkpoint of --ckpt-format torch loads only on the layout that saved it: {name} is {theirs} there "
+                f"and {own} here; save with --ckpt-format torch_dist to change it"
+            )
+
+
+def _rank_file(config: TrainingConfig, folder: Path) -> Path:
+    rank = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if config.pipeline_model_parallel_size > 1:
+        rank += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    return folder / rank / FILE
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"checkpoint file {path} is missing: load another iteration")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    except (RuntimeError, EOFError, OSError) as damage:
+        raise ValueError(f"checkpoint file {path} cannot be read ({damage}): load another iteration") from damage
+    return state
