@@ -15,6 +15,7 @@ from hp_plugin.cpu_backend import (
     devices,
     missing_packages,
     mixture_of_experts,
+    optimizer_steps,
     random_states,
 )
 from hp_plugin.cpu_backend.hook import Hook
@@ -27,6 +28,7 @@ HOOKS: list[Hook] = [
     *random_states.HOOKS,
     *communication.HOOKS,
     *missing_packages.HOOKS,
+    *optimizer_steps.HOOKS,
     *mixture_of_experts.HOOKS,
 ]
 
