@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, _get_block_submodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    _get_block_submodules,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention import HeadDimSelfAttention
 
@@ -62,8 +67,8 @@ def sequence_parallel_norms(
     """
     if not config.sequence_parallel:
         return layer_spec
-    block = layer_spec
-    if isinstance(layer_spec, ModuleSpec):
+    block, layers = layer_spec, (TransformerBlock, BaseTransformerLayer)
+    if isinstance(layer_spec, ModuleSpec) and issubclass(get_module(layer_spec), layers):
         block = _get_block_submodules(config, layer_spec, vp_stage)
     swapped = _replaced(block, {WrappedTorchNorm: SequenceParallelTorchNorm})
     return layer_spec if swapped is block else swapped

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.grid import DEFAULT_ORDER, Grid, tensor_parallel_groups
 from hp_plugin.groups import HeadDimGroups
+from hp_plugin.megatron_adapter.optimizer_fence import fence_optimizer_state
 
 _registered: _Registration | None = None
 
@@ -34,6 +35,11 @@ def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) ->
         TypeError: an argument that this release's `initialize_model_parallel` does not take.
         RuntimeError: torch.distributed is not initialized, or model parallelism already is.
     """
+    initialize_on_grid(parallel_state.initialize_model_parallel, head_dim, **stock)
+
+
+def initialize_on_grid(stock_initialize: Callable[..., None], head_dim: HeadDimConfig | str, **stock: Any) -> None:
+    """`initialize_head_dim_parallel` with the stock initializer as an argument, for whoever replaced it by this."""
     head_dim = HeadDimConfig.parse(head_dim) if isinstance(head_dim, str) else head_dim
     if not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group before initialize_head_dim_parallel")
@@ -44,7 +50,7 @@ def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) ->
             "parallel_state.destroy_model_parallel() first, or initialize only once"
         )
     head_dim.check_tensor_parallel_size(stock.pop("tensor_model_parallel_size", None))
-    bound = inspect.signature(parallel_state.initialize_model_parallel).bind_partial(**stock).arguments
+    bound = inspect.signature(stock_initialize).bind_partial(**stock).arguments
     pipeline, context = bound.get("pipeline_model_parallel_size", 1), bound.get("context_parallel_size", 1)
     _check_same_on_all_ranks({"head_dim_parallel": head_dim, **stock})
     head_dim.check_world_size(dist.get_world_size(), pipeline, context)
@@ -52,7 +58,7 @@ def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) ->
     tp_groups = tensor_parallel_groups(
         dist.get_world_size(), grid.size, pipeline, context, bound.get("order", DEFAULT_ORDER)
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=grid.size, **stock)
+    stock_initialize(tensor_model_parallel_size=grid.size, **stock)
     timeout = timedelta(minutes=bound.get("distributed_timeout_minutes", 30))
     register_groups(_new_groups(grid, tp_groups, timeout))
 
@@ -110,6 +116,7 @@ class _Registration:
 
     def __init__(self, groups: HeadDimGroups) -> None:
         self.groups = groups
+        self._unfence = fence_optimizer_state(groups.grid)
         self._destroy: Callable[[], None] = parallel_state.destroy_model_parallel
         self._collect = ProcessGroupCollection.__dict__["use_mpu_process_groups"]
         self._getters = {
@@ -135,6 +142,7 @@ class _Registration:
             delattr(parallel_state, name)
         parallel_state.destroy_model_parallel = self._destroy
         ProcessGroupCollection.use_mpu_process_groups = self._collect
+        self._unfence()
         _registered = None
         self._destroy()
 

@@ -1,0 +1,96 @@
+"""What Megatron-LM's own training code needs on the CPU, beyond Megatron-Core; its trees must be on `sys.path`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from hp_plugin import cpu_backend
+from hp_plugin.cpu_backend.devices import ignore
+from hp_plugin.cpu_backend.hook import Hook
+
+MEGATRON_LM = ("megatron-core", "0.16.1")
+_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+_FUSED = "megatron.legacy.fused_kernels"
+_ASKS = "Megatron-LM initializes on machines without CUDA"
+
+
+def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`initialize_megatron`, told what it otherwise takes for a mistake."""
+
+    @wraps(original)
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "allow_no_cuda": True})
+
+    return initialize_megatron
+
+
+def count_one_device(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes process groups, or seeds generators, only where it counts a device."""
+
+    @wraps(original)
+    def with_one_device(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch("torch.cuda.device_count", return_value=1):
+            return original(*args, **kwargs)
+
+    return with_one_device
+
+
+def describe_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.cuda.get_device_properties`: no architecture, and the first one; nothing newer is taken for granted."""
+    return lambda device=None: SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0)
+
+
+def _import_kernels() -> None:
+    """Imports a module of Triton kernels, which Megatron-LM imports without asking, where there is no Triton.
+
+    Its kernels are behind `--batch-invariant-mode`, for CUDA. 0.17.0 and later ask first.
+    """
+    if find_spec("triton") is not None:
+        return
+    import_module(_KERNELS.rpartition(".")[0])  # the packages around it, which must not see a Triton
+    stand_ins = {name: mock.MagicMock(name=name) for name in ("triton", "triton.language")}
+    sys.modules.update(stand_ins)
+    try:
+        import_module(_KERNELS)
+    except ModuleNotFoundError as missing:
+        if missing.name != _KERNELS:  # 0.15 has no such module
+            raise
+    finally:
+        # Nothing else may take Triton for installed.
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def enable() -> None:
+    """`cpu_backend.enable()`, and the same for Megatron-LM's training code.
+
+    Raises:
+        ModuleNotFoundError: there is no `megatron.training`.
+        RuntimeError: as `cpu_backend.enable`.
+    """
+    # First, so that what its import lacks is said as it is.
+    _import_kernels()
+    import_module("megatron.training.training")
+    cpu_backend.enable()
+    # 0.17.0 and later have no fused kernels of their own to compile.
+    hooks = [hook for hook in HOOKS if hook.owner != _FUSED or find_spec(_FUSED) is not None]
+    for hook in hooks:
+        hook.check()
+    for hook in hooks:
+        hook.apply()
+
+
+HOOKS = [
+    Hook("megatron.training.training", "initialize_megatron", allow_no_cuda, _ASKS, MEGATRON_LM, ("allow_no_cuda",)),
+    Hook("megatron.training.initialize", "_initialize_distributed", count_one_device, _ASKS, MEGATRON_LM),
+    Hook("megatron.training.initialize", "_set_random_seed", count_one_device, _ASKS, MEGATRON_LM),
+    Hook(_FUSED, "load", ignore, "Megatron-LM compiles no CUDA kernels of its own (0.17.0)", MEGATRON_LM, ("args",)),
+    Hook("torch.cuda", "get_device_properties", describe_cpu, _ASKS, MEGATRON_LM),
+]

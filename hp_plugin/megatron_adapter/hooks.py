@@ -1,0 +1,38 @@
+"""Makes the plugin's flags work in a Megatron-LM that knows nothing of them; without them it touches nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+PREFIX = "--head-dim-"
+
+
+def wanted(argv: Sequence[str]) -> bool:
+    """Whether a command line has one of our flags, or asks for the help text in which they stand."""
+    return any(word.startswith(PREFIX) or word in ("-h", "--help") for word in argv)
+
+
+def install(argv: Sequence[str] | None = None) -> None:
+    """Replaces the few functions of Megatron-LM that the flags in `argv` (default: `sys.argv[1:]`) need; twice is once.
+
+    Raises:
+        RuntimeError: a function to replace is not as in the releases known to work; nothing is replaced then.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not wanted(argv):
+        return
+    # Only now: a run without the flags must not depend on what these import.
+    from megatron.training import arguments
+
+    from hp_plugin.megatron_adapter.argument_hooks import ArgumentHooks
+    from hp_plugin.megatron_adapter.model_hooks import ModelHooks
+
+    if ArgumentHooks.installed_in(arguments):
+        return
+    in_arguments = ArgumentHooks(arguments, argv)
+    in_model = ModelHooks(lambda: in_arguments.grid)
+    in_arguments.check()
+    in_model.check()
+    in_arguments.install()
+    in_model.install()

@@ -1,0 +1,85 @@
+"""Runs an unmodified Megatron-LM script with the plugin's flags.
+
+torchrun ... -m hp_plugin.megatron_adapter.launch pretrain_gpt.py <its usual flags> --head-dim-parallel 4,4
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USAGE = "usage: torchrun ... -m hp_plugin.megatron_adapter.launch SCRIPT [flags of SCRIPT] [--head-dim-parallel M,N]"
+
+
+def main(words: Sequence[str]) -> None:
+    """Runs the script `words[0]` with the arguments after it, as `python` itself would.
+
+    Raises:
+        SystemExit: status 2 with a line that says why, if there is no such script or the plugin does not fit it.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stderr)
+        raise SystemExit(0 if words else 2)
+    script = Path(words[0])
+    if not script.is_file():
+        _refuse(f"{script} is no file (the current directory is {Path.cwd()})")
+    sys.argv = list(words)
+    _put_first(str(script.resolve().parent))
+    # Everything that imports Megatron must come after this, to find the script's own and not an installed one.
+    from hp_plugin.megatron_adapter.hooks import install
+
+    try:
+        if on_gloo(words[1:]):
+            _enable_cpu()
+        install()
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] != "megatron":
+            raise
+        _refuse(f"no module {missing.name}: {script} must stand in a Megatron-LM tree, or have one on PYTHONPATH")
+    except RuntimeError as unfit:
+        _refuse(str(unfit))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def on_gloo(argv: Sequence[str]) -> bool:
+    """Whether a command line has Megatron-LM's `--distributed-backend gloo`."""
+    words = list(argv)
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return "--distributed-backend=gloo" in words or ("--distributed-backend", "gloo") in pairs
+
+
+def _put_first(directory: str) -> None:
+    """Makes a script's directory what it is when Python runs the script itself: the first on `sys.path`."""
+    if sys.path and sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]  # what `python -m` put there in its stead
+    sys.path.insert(0, directory)
+
+
+def _enable_cpu() -> None:
+    """Runs Megatron-LM on the CPU where there is no CUDA, and says so."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    from hp_plugin.cpu_backend import megatron_lm
+
+    megatron_lm.enable()
+    if _is_first_rank():
+        print("hp_plugin: there is no CUDA here: Megatron-LM runs on the CPU, over gloo", flush=True)
+
+
+def _refuse(why: str) -> None:
+    if _is_first_rank():
+        print(f"hp_plugin.megatron_adapter.launch: error: {why}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
