@@ -13,6 +13,7 @@ from torch import nn
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
+from hp_plugin.deepspeed_adapter.cpu_start import skip_inference_extension
 from hp_plugin.deepspeed_adapter.gradients import sum_replica_gradients
 from hp_plugin.deepspeed_adapter.model_check import check_model, grid_layers
 from hp_plugin.deepspeed_adapter.mpu import GridMpu
@@ -37,6 +38,7 @@ def initialize_grid(config: Any, **stock: Any) -> HeadDimConfig | None:
         ValueError: the option is malformed, or contradicts another option, the world or the registered grid.
     """
     guard_plain_deepspeed()
+    skip_inference_extension()
     head_dim = head_dim_option(load_settings(config))
     if head_dim is None:
         return None
@@ -93,6 +95,7 @@ def initialize(
             registered grid or the model.
     """
     guard_plain_deepspeed()
+    skip_inference_extension()
     given = {
         "args": args,
         "optimizer": optimizer,
