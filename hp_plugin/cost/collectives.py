@@ -76,7 +76,9 @@ class Collectives:
             return self._point_to_point(size, group)
         if group.domains == 1:
             return self._within(kind, size, group.size)
-        return self._across(kind, size, group)
+        across = self._across(kind, size, group)
+        # Sources differ: no group over several domains is faster than as many ranks in one would be.
+        return max(across, self._within(kind, size, group.size)) if self._measured_within(kind) else across
 
     def _point_to_point(self, size: float, group: Placement) -> float:
         domains = 1 if group.domains == 1 else 2
@@ -90,11 +92,15 @@ class Collectives:
         known = [key for key in self._curves if key[0] == kind]
         return min(known, key=lambda key: (abs(key[2] - domains), abs(log2(key[1] / ranks)), key[1]))
 
+    def _measured_within(self, kind: str) -> list[int]:
+        """Group sizes measured within one domain, smallest first."""
+        return sorted(ranks for known, ranks, domains in self._curves if known == kind and domains == 1)
+
     def _within(self, kind: str, size: float, ranks: int) -> float:
         exact = self._curves.get((kind, ranks, 1))
         if exact is not None:
             return exact.seconds(size)
-        measured = sorted(known for known_kind, known, domains in self._curves if known_kind == kind and domains == 1)
+        measured = self._measured_within(kind)
         if not measured:
             return self._curves[self._nearest(kind, ranks, 1)].seconds(size)
         below = [known for known in measured if known < ranks]
@@ -142,7 +148,7 @@ class Collectives:
 
     def _fast(self, kind: str) -> float:
         """Bus bandwidth within a domain, of the largest measured group."""
-        known = [ranks for known_kind, ranks, domains in self._curves if known_kind == kind and domains == 1]
+        known = self._measured_within(kind)
         if not known:
             return float("inf")
         return _bus_peak(kind, max(known), self._curves[kind, max(known), 1])

@@ -198,7 +198,10 @@ def _share(found: Prediction) -> float:
 
 def _really_best(model: ModelShape) -> list[str]:
     """The planner's own choice in each mode, data parallelism and every stock layout included."""
-    lines = ["really best (all layouts of 16 GPUs, exact ones, that fit; 2048 tokens, in decode 512 of context):"]
+    lines = [
+        "really best (any exact layout of 16 GPUs that fits, up to 16 sequences per micro-batch; 2048 tokens, in",
+        "decode a context of 512):",
+    ]
     for machine in MACHINES:
         hardware: Hardware = load_hardware(machine)
         for mode in SEQUENCES:

@@ -1,0 +1,35 @@
+"""The tables in docs/planner.md are what the commands print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hp_plugin.cost import reproduce, validate
+from hp_plugin.cost.hardware import shipped
+from hp_plugin.cost.model_shape import presets
+
+DOCS = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+BLOCKS = [block.splitlines() for block in re.findall(r"```text\n(.*?)\n```", DOCS, flags=re.DOTALL)]
+
+
+def stripped(lines: list[str]) -> list[str]:
+    return [line.rstrip() for line in lines]
+
+
+def test_the_validation_table_is_current() -> None:
+    assert stripped(BLOCKS[0]) == stripped(validate.report(validate.validate()))
+
+
+@pytest.mark.slow
+def test_the_reproduction_tables_are_current() -> None:
+    assert stripped(BLOCKS[1]) == stripped(reproduce.report())
+
+
+def test_commands_in_the_docs_name_what_exists() -> None:
+    for hardware in re.findall(r"--hardware ([\w-]+)", DOCS):
+        assert hardware in shipped() or hardware == "FILE", hardware
+    for model in re.findall(r"--model ([\w.-]+)", DOCS):
+        assert model in presets(), model
