@@ -10,6 +10,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 USAGE = "usage: torchrun ... -m hp_plugin.megatron_adapter.launch SCRIPT [flags of SCRIPT] [--head-dim-parallel M,N]"
 
@@ -31,9 +32,10 @@ def main(words: Sequence[str]) -> None:
     # Everything that imports Megatron must come after this, to find the script's own and not an installed one.
     from hp_plugin.megatron_adapter.hooks import install
 
+    on_cpu = False
     try:
         if on_gloo(words[1:]):
-            _enable_cpu()
+            on_cpu = _enable_cpu()
         install()
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] != "megatron":
@@ -41,7 +43,10 @@ def main(words: Sequence[str]) -> None:
         _refuse(f"no module {missing.name}: {script} must stand in a Megatron-LM tree, or have one on PYTHONPATH")
     except RuntimeError as unfit:
         _refuse(str(unfit))
-    runpy.run_path(str(script), run_name="__main__")
+    if on_cpu:
+        _run_alone(script)
+    else:
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def on_gloo(argv: Sequence[str]) -> bool:
@@ -58,17 +63,29 @@ def _put_first(directory: str) -> None:
     sys.path.insert(0, directory)
 
 
-def _enable_cpu() -> None:
-    """Runs Megatron-LM on the CPU where there is no CUDA, and says so."""
+def _run_alone(script: Path) -> None:
+    """Runs a script as `runpy.run_path` does, but for processes it spawns: they import this module in its stead.
+
+    Python has them import the parent's main script, where Megatron-LM would look for CUDA without the CPU backend.
+    """
+    main_module = ModuleType("__main__")
+    main_module.__file__, main_module.__spec__ = str(script), sys.modules["__main__"].__spec__
+    sys.modules["__main__"] = main_module
+    exec(compile(script.read_bytes(), str(script), "exec"), vars(main_module))
+
+
+def _enable_cpu() -> bool:
+    """Runs Megatron-LM on the CPU where there is no CUDA, and says so; returns whether it does."""
     import torch
 
     if torch.cuda.is_available():
-        return
+        return False
     from hp_plugin.cpu_backend import megatron_lm
 
     megatron_lm.enable()
     if _is_first_rank():
         print("hp_plugin: there is no CUDA here: Megatron-LM runs on the CPU, over gloo", flush=True)
+    return True
 
 
 def _refuse(why: str) -> None:

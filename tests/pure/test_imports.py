@@ -19,6 +19,7 @@ PLACES = {
     "hp_plugin.plain_deepspeed": (0, 0),
     "hp_plugin.exchange_rules": (0, 1),
     "hp_plugin.config": (0, 2),
+    "hp_plugin.checkpoint_rules": (0, 3),
     "hp_plugin.grid": (0, 3),
     "hp_plugin.sharding": (0, 4),
     "hp_plugin.cost": (0, 5),
@@ -39,6 +40,7 @@ PLACES = {
     "hp_plugin.deepspeed_adapter.engine": (5, 0),
     "hp_plugin.doctor": (5, 0),
     "hp_plugin.plan_cli": (5, 0),
+    "hp_plugin.patch_cli": (5, 0),
     "hp_plugin.cli": (5, 1),
 }
 # Drawing is the one thing on floor 0 that needs more than Python, and only when a picture is asked for.
