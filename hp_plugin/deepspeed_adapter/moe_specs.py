@@ -13,18 +13,19 @@ from hp_plugin.deepspeed_adapter.moe import DeepSpeedMoELayer
 from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions
 
 
-def deepspeed_moe_spec(spec: Any, options: DeepSpeedMoEOptions | None = None) -> Any:
+def deepspeed_moe_spec(spec: Any, options: DeepSpeedMoEOptions | None = None, required: bool = True) -> Any:
     """Any layer or block spec with every stock `MoELayer` replaced; its other layers and modules stay what they are.
 
     Args:
         spec: a stock spec made with `num_experts` and without grouped GEMM, with stock attention or the grid's.
         options: what only DeepSpeed has.
+        required: whether a spec without MoE layers is a mistake; a pipeline stage may have none.
 
     Raises:
-        ValueError: the spec has no MoE layer.
+        ValueError: the spec has no MoE layer, and one is required.
     """
     swapped = _swapped(spec, {"options": options or DeepSpeedMoEOptions()})
-    if swapped is spec:
+    if swapped is spec and required:
         raise ValueError(f"the layer spec {spec!r} has no megatron.core MoELayer that DeepSpeed-MoE could replace")
     return swapped
 

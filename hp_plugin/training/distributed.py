@@ -18,6 +18,7 @@ from hp_plugin import cpu_backend
 from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
 from hp_plugin.training.agreement import require_agreement
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.moe import expert_sizes
 
 
 def find_world_size() -> int:
@@ -80,6 +81,7 @@ def _initialize_parallel_state(config: TrainingConfig) -> None:
         "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
         "context_parallel_size": config.context_parallel_size,
         "distributed_timeout_minutes": config.distributed_timeout_minutes,
+        **expert_sizes(config),
     }
     if config.head_dim is None:
         parallel_state.initialize_model_parallel(config.tensor_parallel, **sizes)

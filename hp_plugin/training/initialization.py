@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -16,7 +17,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from hp_plugin.training.moe import global_expert
+
 Distribution = Callable[[Tensor], object]
+
+# DeepSpeed-MoE's names and Megatron's for the same weights.
+_GATE = re.compile(r"\.mlp\.deepspeed_moe\.gate\.wg\.")
+_EXPERT = re.compile(r"\.mlp\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts\.local_experts)\.(\d+)\.")
 
 
 def initialize_parameters(chunks: Iterable[GPTModel], config: TransformerConfig, seed: int) -> None:
@@ -27,12 +34,15 @@ def initialize_parameters(chunks: Iterable[GPTModel], config: TransformerConfig,
     """
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    expert_rank = parallel_state.get_expert_tensor_parallel_rank()
+    expert_size = parallel_state.get_expert_tensor_parallel_world_size()
     for chunk in chunks:
         for name, module, parameter in named_global_parameters(chunk):
-            axis, owned = owned_indices(name, module, parameter, config, tensor_rank, tensor_size)
+            rank, size = (expert_rank, expert_size) if ".mlp.experts." in name else (tensor_rank, tensor_size)
+            axis, owned = owned_indices(name, module, parameter, config, rank, size)
             shape = list(parameter.shape)
             if axis is not None:
-                shape[axis] *= tensor_size
+                shape[axis] *= size
             whole = draw(name, shape, distribution(name, parameter, config), seed)
             part = whole if axis is None else whole.index_select(axis, owned)
             with torch.no_grad():
@@ -42,8 +52,8 @@ def initialize_parameters(chunks: Iterable[GPTModel], config: TransformerConfig,
 def named_global_parameters(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Parameters of a model chunk with their owning modules, under the names they have in the whole model.
 
-    Layers carry their number in the whole model, counted from 0, and the last stage's copy of tied embeddings has the
-    name of the embeddings.
+    Layers carry their number in the whole model, counted from 0, experts theirs in the whole layer, whoever runs them,
+    and the last stage's copy of tied embeddings has the name of the embeddings.
     """
     for path, module in chunk.named_modules():
         for leaf, parameter in module.named_parameters(prefix=path, recurse=False):
@@ -54,7 +64,11 @@ def named_global_parameters(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, n
             )
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
-            yield name, module, parameter
+            yield _EXPERT.sub(partial(_numbered, chunk.config), _GATE.sub(".mlp.router.", name)), module, parameter
+
+
+def _numbered(config: TransformerConfig, expert: re.Match[str]) -> str:
+    return f".mlp.experts.{global_expert(int(expert[1]), config.num_moe_experts)}."
 
 
 def owned_indices(
@@ -82,17 +96,16 @@ def distribution(name: str, parameter: nn.Parameter, config: TransformerConfig) 
         ValueError: none is known for this name.
     """
     leaf = name.rsplit(".", 1)[-1]
-    if ".experts." not in name:
-        if leaf.endswith("bias"):
-            return nn.init.zeros_
-        if parameter.dim() == 1 and leaf.endswith("weight") and "norm" in name:
-            return nn.init.zeros_ if config.layernorm_zero_centered_gamma else nn.init.ones_
-        if name.endswith((".linear_proj.weight", ".linear_fc2.weight")):
-            return config.output_layer_init_method
-        if name.startswith("embedding."):
-            return config.embedding_init_method
-        if name.endswith((".linear_qkv.weight", ".linear_fc1.weight", "output_layer.weight")):
-            return config.init_method
+    if leaf.endswith("bias"):
+        return nn.init.zeros_
+    if parameter.dim() == 1 and leaf.endswith("weight") and "norm" in name:
+        return nn.init.zeros_ if config.layernorm_zero_centered_gamma else nn.init.ones_
+    if name.endswith((".linear_proj.weight", ".linear_fc2.weight")):
+        return config.output_layer_init_method
+    if name.startswith("embedding."):
+        return config.embedding_init_method
+    if name.endswith((".linear_qkv.weight", ".linear_fc1.weight", ".mlp.router.weight", "output_layer.weight")):
+        return config.init_method
     raise ValueError(f"the reference trainer does not know how to initialize {name} {tuple(parameter.shape)}")
 
 

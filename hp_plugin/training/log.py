@@ -97,6 +97,7 @@ class TrainingLog:
         ]
         if kept:
             parts.append(f"lm loss: {sum(kept) / len(kept):.6E}")
+        parts += [f"{name}: {value:.6E}" for name, value in last.moe.items()]
         parts.append(f"loss scale: {last.loss_scale:.1f}")
         if last.grad_norm is not None:
             parts.append(f"grad norm: {last.grad_norm:.3f}")
@@ -116,6 +117,7 @@ class TrainingLog:
                 "batch-size": trainer.batch_size,
                 "iteration-time": seconds,
                 "tokens-per-second": trainer.batch_size * trainer.config.seq_length / seconds,
+                **result.moe,
             }
             if result.grad_norm is not None:
                 scalars["grad-norm"] = result.grad_norm

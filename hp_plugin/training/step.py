@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import Batches
 from hp_plugin.training.model import build_model
+from hp_plugin.training.moe import read_moe_figures
 from hp_plugin.training.optimization import build_optimizer, build_scheduler
 
 
@@ -47,6 +48,8 @@ class StepResult:
     learning_rate: float
     loss_scale: float
     skipped: bool
+    moe: dict[str, float] = field(default_factory=dict)
+    """Figures of the mixture of experts, by the names Megatron logs them under."""
 
 
 def build_trainer(config: TrainingConfig, transformer_config: TransformerConfig, device: torch.device) -> Trainer:
@@ -89,6 +92,7 @@ def train_step(trainer: Trainer, batches: Batches) -> StepResult:
         ),
         loss_scale=float(trainer.optimizer.get_loss_scale()),
         skipped=not updated,
+        moe=read_moe_figures(trainer.config, trainer.micro_batches),
     )
 
 

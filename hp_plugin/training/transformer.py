@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hp_plugin import cpu_backend
 from hp_plugin.megatron_adapter.specs import head_dim_spec, sequence_parallel_norms
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.distributed import find_world_size
+from hp_plugin.training.moe import check_mixture, moe_block_spec, moe_settings
 from hp_plugin.transformer_config import HeadDimTransformerConfig, attention_shape
 
 _SAME_NAME = (
@@ -93,6 +95,7 @@ def build_transformer_config(config: TrainingConfig) -> TransformerConfig:
         "batch_p2p_comm": config.virtual_pipeline is None,
         "finalize_model_grads_func": finalize_model_grads,
     }
+    settings |= moe_settings(config, mlp_width(config))
     if config.recompute_modules is not None:
         settings["recompute_modules"] = list(config.recompute_modules)
     kind: type[TransformerConfig] = TransformerConfig
@@ -109,6 +112,7 @@ def build_transformer_config(config: TrainingConfig) -> TransformerConfig:
         raise ValueError(f"Megatron-Core refuses this model: {refusal}") from refusal
     if config.head_dim is not None:
         _check_exchange(config, transformer_config)
+    check_mixture(config, transformer_config, find_world_size())
     return transformer_config
 
 
@@ -127,7 +131,9 @@ def _check_exchange(config: TrainingConfig, transformer_config: TransformerConfi
 
 def build_layer_spec(config: TrainingConfig, transformer_config: TransformerConfig, chunk: int | None = None) -> Any:
     """What GPTModel takes as `transformer_layer_spec`, for chunk number `chunk` of the interleaved schedule."""
-    if config.transformer_impl == "transformer_engine":
+    if config.num_experts is not None:
+        spec = moe_block_spec(config, transformer_config, chunk)
+    elif config.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)

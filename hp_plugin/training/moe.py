@@ -1,0 +1,125 @@
+"""Mixtures of experts in the reference trainer: Megatron's own or DeepSpeed-MoE, from the same flags and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hp_plugin.training.config import TrainingConfig
+
+
+def moe_settings(config: TrainingConfig, width: int) -> dict[str, Any]:
+    """Fields of TransformerConfig for the mixture, none without --num-experts; `width` is that of a dense MLP."""
+    if config.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size or width,
+        "moe_layer_freq": config.moe_layer_freq,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_router_pre_softmax": config.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": config.moe_aux_loss_coeff,
+        "moe_expert_capacity_factor": config.moe_expert_capacity_factor,
+        "moe_token_dispatcher_type": "alltoall",
+        **expert_sizes(config),
+    }
+
+
+def expert_sizes(config: TrainingConfig) -> dict[str, int]:
+    """Sizes of the expert groups, under the names that TransformerConfig and parallel_state share."""
+    if config.num_experts is None:
+        return {}
+    return {
+        "expert_model_parallel_size": config.expert_model_parallel_size,
+        "expert_tensor_parallel_size": config.expert_tensor_parallel_size or config.tensor_parallel,
+    }
+
+
+def moe_complaints(config: TrainingConfig) -> Iterator[str]:
+    """What of the mixture cannot run, whatever the world; the rest is said once the TransformerConfig is there."""
+    if config.num_experts is None:
+        if config.expert_model_parallel_size > 1:
+            yield f"--expert-model-parallel-size {config.expert_model_parallel_size} needs --num-experts"
+        return
+    if config.num_experts < 1:
+        yield f"--num-experts must be positive, got {config.num_experts}"
+    if config.expert_model_parallel_size < 1:
+        yield f"--expert-model-parallel-size must be positive, got {config.expert_model_parallel_size}"
+    if config.moe_layer_freq < 1:
+        yield f"--moe-layer-freq must be positive, got {config.moe_layer_freq}"
+    factor = config.moe_expert_capacity_factor
+    if factor is not None and factor <= 0:
+        yield f"--moe-expert-capacity-factor must be positive, got {factor}: leave it out to drop no tokens"
+    if config.moe_backend == "deepspeed":
+        if find_spec("deepspeed") is None:
+            yield "--moe-backend deepspeed needs DeepSpeed, which is not installed: pip install 'hp-plugin[deepspeed]'"
+    elif config.tensor_parallel > 1 and not config.sequence_parallel:
+        yield (
+            f"Megatron's MoE on {config.tensor_parallel} tensor-parallel ranks needs --sequence-parallel; "
+            "--moe-backend deepspeed does not"
+        )
+
+
+def check_mixture(config: TrainingConfig, transformer_config: TransformerConfig, world_size: int) -> None:
+    """Refuses what DeepSpeed-MoE cannot do on `world_size` ranks, before any of its groups is made.
+
+    Raises:
+        ValueError: with the values and the way out.
+    """
+    if config.num_experts is not None and config.moe_backend == "deepspeed":
+        from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions, check_moe
+
+        check_moe(transformer_config, DeepSpeedMoEOptions(), world_size)
+
+
+def moe_block_spec(config: TrainingConfig, transformer_config: TransformerConfig, chunk: int | None) -> Any:
+    """The layers of this pipeline stage (or chunk of it), dense and MoE as --moe-layer-freq says."""
+    spec = get_gpt_decoder_block_spec(
+        transformer_config,
+        use_transformer_engine=config.transformer_impl == "transformer_engine",
+        normalization=config.normalization,
+        vp_stage=chunk,
+    )
+    if config.moe_backend == "megatron":
+        return spec
+    from hp_plugin.deepspeed_adapter.moe_specs import deepspeed_moe_spec
+
+    # A stage can hold dense layers alone.
+    return deepspeed_moe_spec(spec, required=False)
+
+
+def read_moe_figures(config: TrainingConfig, micro_batches: int) -> dict[str, float]:
+    """Load-balancing loss, without its coefficient, and share of dropped choices, of the last iteration.
+
+    Means over MoE layers, micro-batches and data-parallel ranks, equal on all ranks. Empty without a mixture.
+    """
+    if config.num_experts is None:
+        return {}
+    names = ["load_balancing_loss"] if config.moe_aux_loss_coeff else []
+    names += ["dropped_token_share"] if config.moe_backend == "deepspeed" else []
+    if not names:
+        return {}
+    figures: dict[str, Any] = {}
+    track_moe_metrics(
+        loss_scale=1 / micro_batches,
+        iteration=0,
+        total_loss_dict=figures,
+        force_initialize=True,
+        track_names=names,
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+    )
+    return {name: float(figures[name]) for name in names}
+
+
+def global_expert(local: int, experts: int) -> int:
+    """The number in the whole layer of this rank's expert number `local`."""
+    ranks = parallel_state.get_expert_model_parallel_world_size()
+    return parallel_state.get_expert_model_parallel_rank() * (experts // ranks) + local
