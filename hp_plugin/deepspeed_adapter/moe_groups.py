@@ -8,6 +8,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from megatron.core import parallel_state
 
+from hp_plugin.deepspeed_adapter.cpu_start import skip_inference_extension
 from hp_plugin.deepspeed_adapter.mpu import GridMpu
 
 
@@ -36,6 +37,7 @@ def register_expert_groups(name: str, experts_per_group: int) -> torch_dist.Proc
         )
     # DeepSpeed's collectives go through a backend object, which wraps the group that torch has already.
     if not comm.is_initialized():
+        skip_inference_extension()
         comm.init_distributed(auto_mpi_discovery=False, verbose=False)
     copies = parallel_state.get_expert_data_parallel_group()
     groups._EXPERT_PARALLEL_GROUP[name] = expert
