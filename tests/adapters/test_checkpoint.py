@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hp_plugin import layers
 from hp_plugin.training.checkpoint_state import content_metadata, restore, sharded_state
@@ -158,7 +159,10 @@ def own_bytes(path: str, sharding_type: str) -> tuple[list[str], list[str]]:
         with trainer_on(training_config(layout, **options)) as trainer:
             try:
                 load(trainer, source, **metadata)
-            except (CheckpointingException, KeyError, RuntimeError):
+            except CheckpointException as refusal:  # of torch; no Exception
+                if layout.grid is not None:
+                    assert f"of_grid_{layout.label}" in str(refusal)
+                assert "from model not in state dict" in str(refusal)
                 continue
             loaded.append(layout.label)
     return wrong, loaded
