@@ -62,8 +62,10 @@ def test_trains_as_stock_on_one_rank(ranks: Ranks, case: Case) -> None:
     found = ranks.run(4, train, case)
     for outcome in found:
         assert outcome.losses[0] == pytest.approx(stock.losses[0], rel=1e-6)
-        assert outcome.losses == pytest.approx(stock.losses, rel=1e-4)  # behind a step of Adam
-        assert outcome.grad_norms == pytest.approx(stock.grad_norms, rel=1e-4)
+        assert outcome.grad_norms[0] == pytest.approx(stock.grad_norms[0], rel=1e-5)
+        # Behind a step of Adam, which makes whole steps of gradients that are rounding.
+        assert outcome.losses == pytest.approx(stock.losses, rel=1e-4)
+        assert outcome.grad_norms == pytest.approx(stock.grad_norms, rel=PARAMETER)
     for part, bound in (("grads", GRADIENT), ("params", PARAMETER)):
         if part == "grads" and case.distributed_optimizer:
             continue  # each rank has reduced its own share of them only; the parameters tell
