@@ -23,13 +23,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.engine import initialize
-from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
 from hp_plugin.training.arguments import user_error
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
