@@ -118,6 +118,8 @@ class HeadDimSelfAttention(SelfAttention):
             pg_collection=collection,
             **kwargs,
         )
+        # Stock numbers replicas in checkpoints by it, and the QK-norms are replicated over all of the grid.
+        self.tp_group = groups.tp
         self.head_dim = head_dim
         self.groups = groups
         self.true_config = true_config
