@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
     """`iter_0000010` and its siblings under one path; only one process may write to it at a time.
 
-    A checkpoint grows in `iter_0000010.partial`, is renamed when all of it is there, and only then named by the
+    A checkpoint grows in `iter_0000010.partial-…`, is renamed when all of it is there, and only then named by the
     tracker: a process may die at any moment.
     """
 
@@ -44,23 +46,24 @@ class CheckpointFolder:
         """The folder of an iteration, Megatron's name for it."""
         return self.path / f"iter_{iteration:07d}"
 
-    def partial(self, iteration: int) -> Path:
-        """The folder that this iteration is written to."""
-        folder = self.of(iteration)
-        return folder.with_name(folder.name + ".partial")
+    def begin(self, iteration: int) -> Path:
+        """A new folder to write this iteration to; what dead runs left half-written goes.
 
-    def begin(self, iteration: int) -> None:
-        """Makes that folder, empty."""
-        shutil.rmtree(self.partial(iteration), ignore_errors=True)
-        self.partial(iteration).mkdir(parents=True)
+        Its name is new every time: writers that outlived their rank may still be writing to an older one.
+        """
+        for leftover in self.path.glob(f"iter_*{PARTIAL}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{self.of(iteration).name}{PARTIAL}", dir=self.path))
 
-    def complete(self, iteration: int) -> None:
-        """Gives what was written its name and makes it the latest; one it replaces is loadable until then."""
+    def complete(self, partial: Path, iteration: int) -> None:
+        """Gives what was written to `partial` its name and makes it the latest; one it replaces is kept until then."""
         folder = self.of(iteration)
         if folder.exists():
             shutil.rmtree(_aside(folder), ignore_errors=True)
             folder.rename(_aside(folder))
-        self.partial(iteration).rename(folder)
+        partial.chmod(0o777 & ~_umask())
+        partial.rename(folder)
         shutil.rmtree(_aside(folder), ignore_errors=True)
         aside = self.path / f"{TRACKER}.{os.getpid()}"
         with aside.open("w") as tracker:
@@ -68,6 +71,12 @@ class CheckpointFolder:
             tracker.flush()
             os.fsync(tracker.fileno())
         aside.replace(self.path / TRACKER)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _aside(folder: Path) -> Path:

@@ -130,14 +130,13 @@ class Checkpoints:
         # Two at a time could become complete in the wrong order.
         self._queue.maybe_finalize_async_calls(blocking=True)
         folders = CheckpointFolder(Path(self.config.save))
-        if dist.get_rank() == 0:
-            folders.begin(iteration)
-        dist.barrier()
-        partial = str(folders.partial(iteration))
+        names = [str(folders.begin(iteration)) if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(names, src=0)
+        partial = names[0]
 
         def complete() -> None:
             if dist.get_rank() == 0:
-                folders.complete(iteration)
+                folders.complete(Path(partial), iteration)
             print_rank_0(f" > saved checkpoint of iteration {iteration} to {self.config.save}")
 
         self.saved = iteration
@@ -174,8 +173,10 @@ class Checkpoints:
             random_states=whole and self._same_layout(saved) and folder.name != RELEASE,
         )
         check_tensors(state, folder)
+        asked = set(state)
         loaded = dist_checkpointing.load(state, str(folder))
-        restore(self.trainer, loaded)
+        # What is not sharded comes along unasked: of an optimizer, its hyperparameters without its tensors.
+        restore(self.trainer, {name: value for name, value in loaded.items() if name in asked})
         return int(common.get("iteration", 0))
 
     def _same_layout(self, saved: Namespace) -> bool:

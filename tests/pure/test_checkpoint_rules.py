@@ -66,18 +66,20 @@ def test_the_tracker_follows_complete_folders_only(tmp_path: Path) -> None:
 
     folders = CheckpointFolder(tmp_path / "new")
     assert folders.latest() is None
-    folders.begin(5)
-    (folders.partial(5) / "shard").write_text("five")
+    partial = folders.begin(5)
+    (partial / "shard").write_text("five")
     assert folders.latest() is None
-    folders.complete(5)
+    folders.complete(partial, 5)
     assert folders.latest() == folders.of(5)
-    folders.begin(5)  # again, as a restarted run does; the first one stays loadable while the second grows
+    leftover = folders.begin(4)
+    partial = folders.begin(5)  # again, as a restarted run does; the first one stays loadable while the second grows
     assert (folders.of(5) / "shard").read_text() == "five"
     folders.of(5).rename(folders.of(5).with_name("iter_0000005.replaced"))  # a death between the two renames
     latest = folders.latest()
     assert latest is not None and (latest / "shard").read_text() == "five"
-    (folders.partial(5) / "shard").write_text("five again")
-    folders.complete(5)
+    (partial / "shard").write_text("five again")
+    folders.complete(partial, 5)
+    assert not leftover.exists()
     assert sorted(path.name for path in folders.path.iterdir()) == ["iter_0000005", TRACKER]
     assert (folders.of(5) / "shard").read_text() == "five again"
 
