@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class Case:
 def deepspeed_forgotten() -> Iterator[None]:
     """DeepSpeed's globals must not outlive the groups of a job."""
     cpu_backend.enable()
+    # Megatron-Core writes checkpoints from processes of its own, which multiprocessing denies to the harness' daemons.
+    multiprocessing.current_process()._config["daemon"] = False
     try:
         yield
     finally:
