@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from hp_plugin import cpu_backend
 from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
@@ -72,6 +73,12 @@ def _join_default_group(config: TrainingConfig, device: torch.device) -> None:
         arguments["device_id"] = device
     if "RANK" not in os.environ:  # started by hand: a world of one, which needs no address
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store over restarts: without a prefix, new ranks would look for dead ones. (Nodes count
+        # restarts separately, so over several of them the way out is torchrun's own, in docs/checkpoints.md.)
+        store, rank, world_size = next(rendezvous("env://", timeout=arguments["timeout"]))
+        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        arguments |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group(backend, **arguments)
 
 
