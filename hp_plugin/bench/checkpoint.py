@@ -1,0 +1,152 @@
+"""Saving and loading a checkpoint on a grid, against stock at the same TP size on the same ranks.
+
+    torchrun --nproc-per-node 4 -m hp_plugin.bench.checkpoint --head-dim-parallel 2,2
+
+Both models have the same global tensors, parameters and Adam state, and take turns; printed are the medians and their
+ratios. Megatron-Core plans and writes tensors piece by piece, and a grid has a piece for every slot of a head group
+where stock has one: what that costs depends on the size of a piece, d/n × D, which is printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from hp_plugin.sharding import slots_per_group
+from hp_plugin.training.checkpoint_state import content_metadata, restore, sharded_state
+from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.distributed import prepare_device, running_ranks
+from hp_plugin.training.step import Trainer, build_trainer
+from hp_plugin.training.transformer import build_transformer_config
+
+
+def main() -> None:
+    """Builds both trainers, then saves and loads them in turns."""
+    warnings.filterwarnings("ignore")
+    args = _arguments()
+    prepare_device()
+    config = _config(args)
+    grid = config.head_dim
+    assert grid is not None
+    stock = replace(config, head_dim_parallel=None, tensor_model_parallel_size=grid.size)
+    models = {"stock": build_transformer_config(stock), "grid": build_transformer_config(config)}
+    with running_ranks(config) as device:
+        folder = Path(_from_rank_0(tempfile.mkdtemp(prefix="checkpoints-", dir=args.dir)))
+        trainers = {
+            "stock": build_trainer(stock, models["stock"], device),
+            "grid": build_trainer(config, models["grid"], device),
+        }
+        for trainer in trainers.values():
+            trainer.optimizer.step()  # Adam's moments exist from the first step on
+        times: dict[tuple[str, str], list[float]] = {}
+        for round_ in range(args.warmup + args.rounds):
+            for name, trainer in trainers.items():
+                target = folder / name
+                if dist.get_rank() == 0:
+                    shutil.rmtree(target, ignore_errors=True)
+                    target.mkdir()
+                for action, work in (("save", _save), ("load", _load)):
+                    seconds = _seconds(work, trainer, str(target))
+                    if round_ >= args.warmup:
+                        times.setdefault((action, name), []).append(seconds)
+        if dist.get_rank() == 0:
+            _report(args, config, times, sum(file.stat().st_size for file in (folder / "grid").iterdir()))
+            shutil.rmtree(folder)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dim-parallel", default="2,2", help="m,n with m · n = the number of ranks")
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--num-attention-heads", type=int, default=8)
+    parser.add_argument("--kv-channels", type=int, default=64)
+    parser.add_argument("--use-distributed-optimizer", action="store_true")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--dir", default=None, help="where to write (default: the system's temporary directory)")
+    return parser.parse_args()
+
+
+def _config(args: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        head_dim_parallel=args.head_dim_parallel,
+        seq_length=128,
+        micro_batch_size=2,
+        train_iters=1,
+        lr=1e-3,
+        mock_data=True,
+    )
+
+
+def _save(trainer: Trainer, folder: str) -> None:
+    metadata = content_metadata(trainer)
+    dist_checkpointing.save(sharded_state(trainer, 1, metadata), folder)
+
+
+def _load(trainer: Trainer, folder: str) -> None:
+    state = sharded_state(trainer, 1, content_metadata(trainer), loading=True)
+    restore(trainer, dist_checkpointing.load(state, folder))
+
+
+def _seconds(work: Callable[[Trainer, str], None], trainer: Trainer, folder: str) -> float:
+    """The slowest rank's."""
+    dist.barrier()
+    start = time.perf_counter()
+    work(trainer, folder)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = torch.tensor(time.perf_counter() - start, device=trainer.device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def _from_rank_0(value: str) -> str:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    if dist.get_rank() != 0:
+        shutil.rmtree(value)
+    return values[0]
+
+
+def _report(
+    args: argparse.Namespace, config: TrainingConfig, times: dict[tuple[str, str], list[float]], size: int
+) -> None:
+    grid = config.head_dim
+    assert grid is not None
+    slots = config.query_groups * slots_per_group(config.num_attention_heads, config.query_groups) // grid.m
+    piece = args.kv_channels // grid.n * args.hidden_size * 4
+    print(
+        f"checkpoint of {size / 2**20:.0f} MiB, {dist.get_world_size()} ranks, {args.num_layers} layers, "
+        f"D={args.hidden_size} h={args.num_attention_heads} d={args.kv_channels}, {args.rounds} interleaved rounds; "
+        f"a rank's QKV weight is {slots} pieces of {piece / 2**10:.0f} KiB on the grid, 1 on stock"
+    )
+    for action in ("save", "load"):
+        median = {name: statistics.median(times[action, name]) for name in ("stock", "grid")}
+        for name in ("stock", "grid"):
+            values = times[action, name]
+            print(
+                f"  {action} {name:5s} median {median[name] * 1e3:8.1f} ms   "
+                f"(min {min(values) * 1e3:.1f}, max {max(values) * 1e3:.1f})"
+            )
+        print(f"  {action}: grid {grid.m}x{grid.n} takes {median['grid'] / median['stock']:.2f} times as long as stock")
+
+
+if __name__ == "__main__":
+    main()
