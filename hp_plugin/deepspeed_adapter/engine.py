@@ -14,6 +14,7 @@ from torch import nn
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.cpu_start import skip_inference_extension
+from hp_plugin.deepspeed_adapter.engine_moe import attach_mixture, check_mixture
 from hp_plugin.deepspeed_adapter.gradients import sum_replica_gradients
 from hp_plugin.deepspeed_adapter.model_check import check_model, grid_layers
 from hp_plugin.deepspeed_adapter.mpu import GridMpu
@@ -118,7 +119,9 @@ def initialize(
             raise ValueError(
                 f"the model is on a grid, but the DeepSpeed configuration has no {KEY!r}: name the grid there"
             )
-        return deepspeed.initialize(model=model, mpu=mpu, **given)
+        result = deepspeed.initialize(model=model, mpu=mpu, **given)
+        attach_mixture(result[0])
+        return result
     if isinstance(model, deepspeed.PipelineModule):
         raise ValueError(f"{KEY} does not work with DeepSpeed's PipelineModule: train with a plain module")
     if mesh_param:
@@ -138,9 +141,11 @@ def initialize(
     with adapter_calls():
         built = model if isinstance(model, nn.Module) else model(head_dim)
         check_model(built, head_dim, groups)
+        check_mixture(built, load_settings(source))
         result = deepspeed.initialize(model=built, mpu=unit, **given)
     # After the engine: it changes parameters' dtypes, which hooks on them would not survive.
     sum_replica_gradients(built, groups.tp)
+    attach_mixture(result[0])
     return result
 
 

@@ -1,5 +1,6 @@
 """The GPT of the layout tests, trained by DeepSpeed's engine on a grid; bodies for the ranks of a test."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,8 @@ class EngineOutcome:
 def deepspeed_rank() -> Iterator[None]:
     """What DeepSpeed demands of a process that no launcher started; forgets its globals afterwards."""
     cpu_backend.enable()
+    # Megatron-Core writes checkpoints from processes of its own, which multiprocessing denies to the harness' daemons.
+    multiprocessing.current_process()._config["daemon"] = False
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     from deepspeed.utils import groups
 

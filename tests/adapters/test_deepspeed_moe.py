@@ -1,0 +1,76 @@
+"""Mixtures of experts under DeepSpeed's engine on a grid train as DeepSpeed-MoE does on one rank, and resume."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters.deepspeed_moe_cases import MixtureCase, save_and_resume, train_mixture, whole
+from tests.ranks import Ranks
+
+pytest.importorskip("deepspeed")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:When using expert parallelism and tensor parallelism:UserWarning:megatron"),
+]
+
+SP = {"sequence_parallel": True}
+# SGD moves in proportion to the gradient: a missing sum, a factor or a wrong norm shows in every parameter at once.
+CASE = MixtureCase(
+    steps=3,
+    clip_grad=1.0,
+    settings={"optimizer": {"type": "SGD", "params": {"lr": 0.3}}, "zero_allow_untested_optimizer": True},
+)
+
+
+def alone(case: MixtureCase) -> MixtureCase:
+    model = {name: value for name, value in case.model.items() if name != "sequence_parallel"}
+    return replace(case, m=1, n=1, ep=1, etp=1, stage=0, dtype=torch.float32, model=model)
+
+
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        (4, CASE),
+        (4, replace(CASE, stage=1, ep=2, model=SP)),
+        (8, replace(CASE, stage=2, experts=8, ep=8, k=2, model=SP)),
+        (8, replace(CASE, stage=1, ep=2, etp=4, bias=False)),
+    ],
+    ids=["0", "1 EP within the grid, SP", "2 EP across DP, SP", "1 expert TP"],
+)
+def test_trains_as_one_rank_does(ranks: Ranks, world: int, case: MixtureCase) -> None:
+    (expected,) = ranks.run(1, train_mixture, alone(case))
+    found = ranks.run(world, train_mixture, case)
+    for one in found:
+        assert one.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert one.balance == pytest.approx(expected.balance, abs=1e-5)
+    (start,) = ranks.run(1, train_mixture, replace(alone(case), steps=0))
+    before, ours, theirs = whole([start]), whole(found), whole([expected])
+    assert ours.keys() == theirs.keys() == before.keys()
+    for name, due in theirs.items():
+        # In units of what training changed: an expert's gradient is small beside its weights.
+        moved = float((due - before[name]).abs().max())
+        assert moved > 1e-4, f"{name} was hardly trained"
+        assert float((ours[name] - due).abs().max()) < 1e-3 * moved + 1e-7, name
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        (4, replace(CASE, clip_grad=0.0, ep=2)),
+        (8, replace(CASE, stage=1, dtype=torch.bfloat16, ep=2, model=SP)),
+        (8, replace(CASE, stage=2, experts=8, ep=8, k=2)),
+    ],
+    ids=["0 fp32", "1 bf16", "2 fp32 EP across DP"],
+)
+def test_deepspeeds_own_checkpoint_resumes_bit_equal(
+    ranks: Ranks, tmp_path: Path, world: int, case: MixtureCase
+) -> None:
+    case = replace(case, settings={})  # Adam, for the sake of its state
+    for straight, resumed in ranks.run(world, save_and_resume, case, str(tmp_path)):
+        assert resumed.losses == straight.losses
+        assert resumed.grad_norms == straight.grad_norms
+        for name, (tensor, _, _) in straight.parts.items():
+            assert torch.equal(resumed.parts[name][0], tensor), name
