@@ -23,13 +23,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.engine import initialize
+from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
 from hp_plugin.training.arguments import user_error
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
@@ -38,6 +38,7 @@ from hp_plugin.training.distributed import find_world_size, prepare_device, runn
 from hp_plugin.training.initialization import initialize_parameters
 from hp_plugin.training.log import print_rank_0
 from hp_plugin.training.model import build_gpt
+from hp_plugin.training.moe import read_moe_figures
 from hp_plugin.training.transformer import build_transformer_config
 
 
@@ -70,6 +71,11 @@ def read_config(settings: dict[str, Any], world_size: int) -> TrainingConfig:
     if config.pipeline_model_parallel_size > 1:
         raise ValueError("DeepSpeed's engine runs no Megatron pipeline: leave pipeline_model_parallel_size out")
     check_config(config, world_size)
+    if config.num_experts is not None and config.moe_backend != "deepspeed":
+        raise ValueError('"gpt" has num_experts: DeepSpeed\'s engine trains them with "moe_backend": "deepspeed" only')
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if config.num_experts is not None and stage == 3:
+        raise ValueError("ZeRO stage 3 cannot split DeepSpeed-MoE's experts: set zero_optimization.stage to 1 or 2")
     return config
 
 
@@ -116,10 +122,12 @@ def pretrain(options: argparse.Namespace, settings: dict[str, Any], config: Trai
             started = time.perf_counter()
             losses.append(train_step(engine, micro_batches, device))
             seconds = time.perf_counter() - started
+            figures = read_moe_figures(config, engine.gradient_accumulation_steps())
+            moe = "".join(f" {name}: {value:.6E} |" for name, value in figures.items())
             print_rank_0(
                 f" iteration {iteration:8d}/{config.train_iters:8d} | elapsed time per iteration (ms): "
                 f"{seconds * 1000:.1f} | tokens/s: {batch_size * config.seq_length / seconds:.1f} | learning rate: "
-                f"{engine.get_lr()[0]:.6E} | lm loss: {losses[-1]:.6E} | grad norm: {engine.get_global_grad_norm()} |"
+                f"{engine.get_lr()[0]:.6E} | lm loss: {losses[-1]:.6E} |{moe} grad norm: {engine.get_global_grad_norm()} |"
             )
         if options.save:
             engine.save_checkpoint(options.save, client_state={"iteration": config.train_iters})

@@ -42,8 +42,8 @@ class MixtureOutcome:
     parts: dict[str, tuple[torch.Tensor, int | None, list[int]]]
 
 
-def build_mixture(case: MixtureCase) -> GPTModel:
-    """The bare model, from weights that depend on no layout."""
+def build_mixture(case: MixtureCase, megatron: bool = False) -> GPTModel:
+    """The bare model, from weights that depend on no layout; `megatron` leaves Megatron's own mixture in it."""
     config = HeadDimTransformerConfig(
         head_dim_parallel=HeadDimConfig(case.m, case.n, case.exchange),
         num_layers=2,
@@ -71,7 +71,7 @@ def build_mixture(case: MixtureCase) -> GPTModel:
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     model = GPTModel(
         config,
-        head_dim_spec(deepspeed_moe_spec(spec), config),
+        head_dim_spec(spec if megatron else deepspeed_moe_spec(spec), config),
         VOCABULARY,
         SEQUENCE,
         share_embeddings_and_output_weights=False,
@@ -161,3 +161,19 @@ def save_and_resume(case: MixtureCase, folder: str) -> tuple[MixtureOutcome, Mix
         path, _ = other.load_checkpoint(folder)
         assert path is not None
         return straight, run_mixture(other, range(2, 4))
+
+
+def refusal(case: MixtureCase, scenario: str) -> str:
+    """What the ValueError that `initialize` answers a mixture with says."""
+    from hp_plugin.deepspeed_adapter.engine import initialize, initialize_grid
+
+    with deepspeed_forgotten(), deepspeed_rank():
+        settings = settings_of(case)
+        initialize_grid(settings, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp)
+        tensor_parallel.model_parallel_cuda_manual_seed(123)
+        model = build_mixture(case, megatron=scenario == "Megatron's")
+        try:
+            initialize(model=model, config=settings)
+        except ValueError as mistake:
+            return str(mistake)
+        return "nothing was refused"

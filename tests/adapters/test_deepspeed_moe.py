@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.adapters.deepspeed_moe_cases import MixtureCase, save_and_resume, train_mixture, whole
+from tests.adapters.deepspeed_moe_cases import MixtureCase, refusal, save_and_resume, train_mixture, whole
 from tests.ranks import Ranks
 
 pytest.importorskip("deepspeed")
@@ -74,3 +74,24 @@ def test_deepspeeds_own_checkpoint_resumes_bit_equal(
         assert resumed.grad_norms == straight.grad_norms
         for name, (tensor, _, _) in straight.parts.items():
             assert torch.equal(resumed.parts[name][0], tensor), name
+
+
+# Megatron's MoE says it of every expert.
+@pytest.mark.filterwarnings("ignore:`sequence_parallel` is set to `True`:UserWarning:megatron")
+@pytest.mark.parametrize(
+    ("case", "scenario", "said"),
+    [
+        (replace(CASE, stage=3), "", "ZeRO stage 3 cannot split DeepSpeed-MoE's experts"),
+        (replace(CASE, ep=2), "", "4 tensor-parallel ranks there, but 2 ranks share the experts"),
+        (
+            replace(CASE, stage=2, settings={"zero_optimization": {"stage": 2, "reduce_scatter": False}}),
+            "",
+            "zero_optimization.reduce_scatter false",
+        ),
+        (replace(CASE, model=SP, bias=False), "Megatron's", "build it with deepspeed_moe_spec"),
+    ],
+    ids=["ZeRO-3", "stage 0 clipping", "reduce_scatter", "Megatron's MoE"],
+)
+def test_refuses_in_words(ranks: Ranks, case: MixtureCase, scenario: str, said: str) -> None:
+    for found in ranks.run(4, refusal, case, scenario):
+        assert said in found
