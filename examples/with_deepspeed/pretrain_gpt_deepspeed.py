@@ -127,7 +127,8 @@ def pretrain(options: argparse.Namespace, settings: dict[str, Any], config: Trai
             print_rank_0(
                 f" iteration {iteration:8d}/{config.train_iters:8d} | elapsed time per iteration (ms): "
                 f"{seconds * 1000:.1f} | tokens/s: {batch_size * config.seq_length / seconds:.1f} | learning rate: "
-                f"{engine.get_lr()[0]:.6E} | lm loss: {losses[-1]:.6E} |{moe} grad norm: {engine.get_global_grad_norm()} |"
+                f"{engine.get_lr()[0]:.6E} | lm loss: {losses[-1]:.6E} |{moe} "
+                f"grad norm: {engine.get_global_grad_norm()} |"
             )
         if options.save:
             engine.save_checkpoint(options.save, client_state={"iteration": config.train_iters})
