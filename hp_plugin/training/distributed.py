@@ -77,8 +77,8 @@ def _join_default_group(config: TrainingConfig, device: torch.device) -> None:
         # torchrun keeps its store over restarts: without a prefix, new ranks would look for dead ones. (Nodes count
         # restarts separately, so over several of them the way out is torchrun's own, in docs/checkpoints.md.)
         store, rank, world_size = next(rendezvous("env://", timeout=arguments["timeout"]))
-        store = dist.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        arguments |= {"store": store, "rank": rank, "world_size": world_size}
+        restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        arguments |= {"store": dist.PrefixStore(f"restart{restarts}", store), "rank": rank, "world_size": world_size}
     dist.init_process_group(backend, **arguments)
 
 

@@ -73,7 +73,9 @@ def test_trains_as_stock_on_one_rank(ranks: Ranks, case: Case) -> None:
         whole = assemble([getattr(outcome, part) for outcome in found], case.tp)
         assert whole.keys() == expected.keys()
         for name, tensor in expected.items():
-            error = (whole[name] - tensor).abs().max() / tensor.abs().max()
+            # Parameters as a whole: Adam takes a whole step, either way, for a single gradient that is rounding.
+            order = float("inf") if part == "grads" else 2.0
+            error = torch.linalg.vector_norm(whole[name] - tensor, order) / torch.linalg.vector_norm(tensor, order)
             assert error < bound, f"{part} of {name}: {error:.1e}"
 
 

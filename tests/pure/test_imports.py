@@ -46,7 +46,10 @@ PLACES = {
 # Drawing is the one thing on floor 0 that needs more than Python, and only when a picture is asked for.
 LAZY_ON_FLOOR_0 = {"matplotlib"}
 # Read, because torch's launcher sets them; no option is an environment variable.
-LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHER_VARIABLES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
+}
 
 
 def name_of(path: Path) -> str:
