@@ -54,6 +54,9 @@ def main() -> None:
                 times[name].append(seconds)
     if dist.get_rank() == 0:
         _report(args, head_dim, times)
+    if args.profile:
+        for name, layer in layers.items():
+            _profile(name, layer, inputs, args.rounds)
     dist.destroy_process_group()
 
 
@@ -69,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kv-channels", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="then print where rank 0 spends its time in each layer")
     return parser.parse_args()
 
 
@@ -114,6 +118,17 @@ def _step(layer: nn.Module, inputs: Tensor) -> float:
     seconds = torch.tensor(time.perf_counter() - start, device=inputs.device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return seconds.item()
+
+
+def _profile(name: str, layer: nn.Module, inputs: Tensor, rounds: int) -> None:
+    """Prints the operators with the most time of their own; waiting for other ranks is in the collectives' time."""
+    with torch.profiler.profile() as profile:
+        for _ in range(rounds):
+            _step(layer, inputs)
+    if dist.get_rank() == 0:
+        order = "self_cuda_time_total" if inputs.is_cuda else "self_cpu_time_total"
+        print(f"{name}, {rounds} passes")
+        print(profile.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40))
 
 
 def _report(args: argparse.Namespace, head_dim: HeadDimConfig, times: dict[str, list[float]]) -> None:
