@@ -40,7 +40,31 @@ def gather_flat(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_gather_into_tensor
 
 
+def splits_on_the_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`maybe_move_tensor_to_cpu`, with the array it is asked for also where the tensor is on the CPU already.
+
+    The alltoall dispatcher hands the result to torch as split sizes, which takes an array and no tensor.
+    """
+
+    @wraps(original)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    return maybe_move_tensor_to_cpu
+
+
 HOOKS = [
+    Hook(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        splits_on_the_cpu,
+        until="it looks at as_numpy for tensors on the CPU, too",
+        made_for=MEGATRON,
+        parameters=("tensor", "as_numpy", "record_stream"),
+        fragment=(f"{_MOE}.maybe_move_tensor_to_cpu", "tensor.is_cuda"),
+    ),
     Hook(
         _MOE,
         "router_gating_linear",

@@ -1,6 +1,8 @@
 """Runs an unmodified Megatron-LM script with the plugin's flags.
 
 torchrun ... -m hp_plugin.megatron_adapter.launch pretrain_gpt.py <its usual flags> --head-dim-parallel 4,4
+
+`--moe-backend deepspeed` puts DeepSpeed-MoE in the place of Megatron's mixtures of experts.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 USAGE = "usage: torchrun ... -m hp_plugin.megatron_adapter.launch SCRIPT [flags of SCRIPT] [--head-dim-parallel M,N]"
 
@@ -30,13 +33,20 @@ def main(words: Sequence[str]) -> None:
     sys.argv = list(words)
     _put_first(str(script.resolve().parent))
     # Everything that imports Megatron must come after this, to find the script's own and not an installed one.
+    from hp_plugin.deepspeed_adapter.megatron_lm import take_backend, use_deepspeed_moe
     from hp_plugin.megatron_adapter.hooks import install
 
+    try:
+        sys.argv[1:], backend = take_backend(words[1:])
+    except ValueError as mistake:
+        _refuse(str(mistake))
     on_cpu = False
     try:
         if on_gloo(words[1:]):
             on_cpu = _enable_cpu()
         install()
+        if backend == "deepspeed":
+            use_deepspeed_moe()
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] != "megatron":
             raise
@@ -88,7 +98,7 @@ def _enable_cpu() -> bool:
     return True
 
 
-def _refuse(why: str) -> None:
+def _refuse(why: str) -> NoReturn:
     if _is_first_rank():
         print(f"hp_plugin.megatron_adapter.launch: error: {why}", file=sys.stderr, flush=True)
     raise SystemExit(2)
