@@ -177,3 +177,20 @@ def refusal(case: MixtureCase, scenario: str) -> str:
         except ValueError as mistake:
             return str(mistake)
         return "nothing was refused"
+
+
+def move_weights(saved: MixtureCase, loaded: MixtureCase, folder: str) -> tuple[MixtureOutcome, MixtureOutcome]:
+    """What an engine trained and saved, and what a model on another grid holds after loading it."""
+    from hp_plugin.deepspeed_adapter.engine import initialize_grid
+    from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
+
+    with deepspeed_forgotten(), deepspeed_rank():
+        engine = start_mixture(saved)
+        theirs = run_mixture(engine, range(1))
+        save_weights(engine, folder)
+        parallel_state.destroy_model_parallel()
+        sizes = {"expert_model_parallel_size": loaded.ep, "expert_tensor_parallel_size": loaded.etp}
+        initialize_grid(settings_of(loaded), **sizes)
+        model = build_mixture(loaded)
+        load_weights(model, folder)
+        return theirs, MixtureOutcome([], [], [], parts_of(model))

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.adapters.deepspeed_moe_cases import MixtureCase, refusal, save_and_resume, train_mixture, whole
+from tests.adapters.deepspeed_moe_cases import (
+    MixtureCase,
+    move_weights,
+    refusal,
+    save_and_resume,
+    train_mixture,
+    whole,
+)
 from tests.ranks import Ranks
 
 pytest.importorskip("deepspeed")
@@ -95,3 +102,14 @@ def test_deepspeeds_own_checkpoint_resumes_bit_equal(
 def test_refuses_in_words(ranks: Ranks, case: MixtureCase, scenario: str, said: str) -> None:
     for found in ranks.run(4, refusal, case, scenario):
         assert said in found
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_move_to_another_grid_and_expert_group(ranks: Ranks, tmp_path: Path) -> None:
+    saved, loaded = replace(CASE, stage=1, ep=2), replace(CASE, m=1, n=2, ep=4)
+    found = ranks.run(4, move_weights, saved, loaded, str(tmp_path / "weights"))
+    theirs, ours = whole([one for one, _ in found]), whole([one for _, one in found])
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
