@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from hp_plugin.checkpoint_rules import OVERRIDE_FLAG, record_head_dim
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange_rules import EXCHANGES
 from hp_plugin.transformer_config import attention_shape, unsupported
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="How the N slices of a head meet: 'batch' trades slices for full heads of a share of the samples, "
         "'sequence' of the queries, 'scores' sums partial scores, 'auto' (default) takes the first of these that "
         "fits. 'local' exchanges nothing and is another function: attention with N times as many, narrower heads.",
+    )
+    group.add_argument(
+        OVERRIDE_FLAG,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Load a checkpoint that was trained with the exchange 'local' on other slices, or with an exact exchange, "
+        "although its weights then compute another function.",
     )
     return parser
 
@@ -67,7 +75,7 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
     grid.check_world_size(args.world_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     _check_attention(args, view, grid)
     args.tensor_model_parallel_size = grid.size
-    args.head_dim_parallel, args.head_dim_exchange = f"{grid.m},{grid.n}", grid.exchange
+    record_head_dim(args, grid)
     return grid
 
 

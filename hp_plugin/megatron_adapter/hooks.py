@@ -23,16 +23,17 @@ def install(argv: Sequence[str] | None = None) -> None:
     if not wanted(argv):
         return
     # Only now: a run without the flags must not depend on what these import.
-    from megatron.training import arguments
+    from megatron.training import arguments, checkpointing
 
     from hp_plugin.megatron_adapter.argument_hooks import ArgumentHooks
+    from hp_plugin.megatron_adapter.checkpoint_hooks import CheckpointHooks
     from hp_plugin.megatron_adapter.model_hooks import ModelHooks
 
     if ArgumentHooks.installed_in(arguments):
         return
     in_arguments = ArgumentHooks(arguments, argv)
-    in_model = ModelHooks(lambda: in_arguments.grid)
-    in_arguments.check()
-    in_model.check()
-    in_arguments.install()
-    in_model.install()
+    others = [ModelHooks(lambda: in_arguments.grid), CheckpointHooks(checkpointing, lambda: in_arguments.grid)]
+    for hooks in (in_arguments, *others):
+        hooks.check()
+    for hooks in (in_arguments, *others):
+        hooks.install()

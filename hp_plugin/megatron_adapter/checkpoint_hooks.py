@@ -1,0 +1,72 @@
+"""The two replacements around Megatron-LM's loading of checkpoints: refusals before anything wrong is in the model.
+
+They can go once Megatron-LM lets plugins look at a checkpoint before it loads it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from hp_plugin.checkpoint_rules import check_same_function, check_same_layout, recorded_head_dim
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.megatron_adapter.checkpoint_checks import check_files, check_tensors
+from hp_plugin.megatron_adapter.releases import check_parameters
+
+_STRICT = {StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL}
+
+
+class CheckpointHooks:
+    """Compares what a checkpoint says and holds with the grid that `grid()` returns; nothing while that is None."""
+
+    def __init__(self, checkpointing: ModuleType, grid: Callable[[], HeadDimConfig | None]) -> None:
+        self._checkpointing = checkpointing
+        self._grid = grid
+        self._read: Callable[..., Any] = checkpointing._load_base_checkpoint
+        self._load: Callable[..., Any] = dist_checkpointing.load
+
+    def check(self) -> None:
+        """Raises RuntimeError if the functions to replace are not as known."""
+        check_parameters("megatron.training.checkpointing._load_base_checkpoint", self._read, ("load_dir", "args"))
+        names = ("sharded_state_dict", "checkpoint_dir", "strict")
+        check_parameters("megatron.core.dist_checkpointing.load", self._load, names)
+
+    def install(self) -> None:
+        """Replaces the functions for the rest of the process."""
+        self._checkpointing._load_base_checkpoint = self.read
+        dist_checkpointing.load = self.load
+
+    def read(self, load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        """`_load_base_checkpoint`, whose result is refused where the same weights would be another function.
+
+        Raises:
+            ValueError: see `check_same_function`; for the format `torch`, also `check_same_layout`.
+        """
+        result = self._read(load_dir, args, *rest, **kwargs)
+        state, kind, grid = result[0], result[3], self._grid()
+        # Read for its arguments alone (--use-checkpoint-args), the checkpoint comes before the grid is known.
+        if grid is not None and state and state.get("args") is not None:
+            saved = recorded_head_dim(state["args"])
+            check_same_function(saved, grid, getattr(args, "head_dim_allow_other_function", False))
+            if getattr(kind, "name", None) == "LEGACY":
+                check_same_layout("--ckpt-format torch", saved, grid)
+        return result
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        """`dist_checkpointing.load` of a checkpoint that is complete and of this model.
+
+        Raises:
+            ValueError: names missing or truncated files, or the first tensors that differ.
+        """
+        call = inspect.signature(self._load).bind(*args, **kwargs)
+        call.apply_defaults()
+        if self._grid() is not None:
+            check_files(call.arguments["checkpoint_dir"])
+            if StrictHandling(call.arguments["strict"]) in _STRICT:
+                check_tensors(call.arguments["sharded_state_dict"], call.arguments["checkpoint_dir"])
+        return self._load(*args, **kwargs)

@@ -1,0 +1,160 @@
+"""The plugin's flags as Megatron-LM's parser gives them: what is read, set and refused, without a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.megatron_adapter import flags, hooks, launch
+from hp_plugin.megatron_adapter.argument_hooks import ArgumentHooks
+from hp_plugin.megatron_adapter.checkpoint_hooks import CheckpointHooks
+from hp_plugin.megatron_adapter.model_hooks import ModelHooks
+from hp_plugin.megatron_adapter.releases import KNOWN
+
+# What the plugin reads of Megatron-LM's arguments, and their defaults there.
+STOCK: dict[str, Any] = dict(
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+    context_parallel_size=1,
+    world_size=8,
+    rank=0,
+    num_attention_heads=12,
+    num_query_groups=1,
+    group_query_attention=False,
+    kv_channels=None,
+    hidden_size=240,
+    micro_batch_size=6,
+    seq_length=48,
+    position_embedding_type="rope",
+    use_rotary_position_embeddings=False,
+    rotary_percent=1.0,
+    transformer_impl="local",
+    optimizer="adam",
+    qk_layernorm=False,
+    normalization="LayerNorm",
+    rotary_interleaved=False,
+)
+
+
+def settled(command: str, **given: Any) -> argparse.Namespace:
+    """Megatron-LM's arguments after the plugin has looked at them."""
+    parser = flags.add_arguments(argparse.ArgumentParser())
+    parser.add_argument(flags.TP_FLAG, type=int, default=1)
+    words = command.split()
+    args = argparse.Namespace(**(STOCK | given))
+    parser.parse_args(words, namespace=args)
+    args.read = flags.settle(args, words)
+    return args
+
+
+def test_a_grid_sets_the_tensor_parallel_size_and_is_recorded() -> None:
+    args = settled("--head-dim-parallel 2,4 --head-dim-exchange sequence", num_attention_heads=12, kv_channels=20)
+    assert args.read == HeadDimConfig(2, 4, "sequence")
+    assert (args.tensor_model_parallel_size, args.head_dim_parallel) == (8, "2,4")
+    assert args.head_dim_exchange == "sequence"
+
+
+def test_without_a_grid_the_namespace_stays_stocks() -> None:
+    args = settled("--tensor-model-parallel-size 4")
+    assert args.read is None
+    assert vars(args) == STOCK | {"tensor_model_parallel_size": 4, "read": None}
+
+
+@pytest.mark.parametrize(
+    ("groups", "tp", "expected"), [(3, 6, "3,2"), (2, 8, "2,4"), (1, 4, "1,4"), (6, 4, "2,2"), (None, 4, "4,1")]
+)
+def test_auto_takes_the_widest_head_axis(
+    groups: int | None, tp: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gqa = {} if groups is None else {"group_query_attention": True, "num_query_groups": groups}
+    args = settled(f"--head-dim-parallel auto --tensor-model-parallel-size {tp}", world_size=2 * tp, **gqa)
+    assert args.head_dim_parallel == expected and args.tensor_model_parallel_size == tp
+    assert f"--head-dim-parallel auto: {expected}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "said"),
+    [
+        ("--head-dim-exchange batch", {}, ["--head-dim-exchange batch", "give --head-dim-parallel"]),
+        ("--head-dim-parallel auto", {}, ["--tensor-model-parallel-size"]),
+        ("--head-dim-parallel 2,2 --tensor-model-parallel-size 8", {}, ["--tensor-model-parallel-size 8", "4"]),
+        ("--head-dim-parallel 2,2 --tensor-model-parallel-size=1", {}, ["--tensor-model-parallel-size 1", "4"]),
+        ("--head-dim-parallel 4x4", {}, ["4x4"]),
+        ("--head-dim-parallel 0,4", {}, ["0"]),
+        ("--head-dim-parallel 3,2", {}, ["8", "6"]),
+        ("--head-dim-parallel 8,1", {}, ["12", "8"]),
+        ("--head-dim-parallel 1,8", {}, ["20", "8"]),
+        ("--head-dim-parallel 2,4 --head-dim-exchange batch", {}, ["6", "4"]),
+        ("--head-dim-parallel 2,2", {"transformer_impl": "transformer_engine"}, ["--transformer-impl local"]),
+        ("--head-dim-parallel 2,2", {"use_legacy_models": True}, ["--use-legacy-models"]),
+        ("--head-dim-parallel 2,2", {"sft": True}, ["--sft", "n=1"]),
+        ("--head-dim-parallel 2,2", {"optimizer": "dist_muon"}, ["--optimizer dist_muon"]),
+        ("--head-dim-parallel 2,2", {"multi_latent_attention": True}, ["latent"]),
+    ],
+)
+def test_what_cannot_be_names_the_values(command: str, given: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ValueError) as mistake:
+        settled(command, **given)
+    assert all(words in str(mistake.value) for words in said), str(mistake.value)
+
+
+def test_the_help_names_the_flags() -> None:
+    text = flags.add_arguments(argparse.ArgumentParser()).format_help()
+    assert all(word in text for word in ("--head-dim-parallel M,N", "--head-dim-exchange", "another function"))
+
+
+def test_the_installed_release_has_what_the_hooks_replace() -> None:
+    ModelHooks(lambda: None).check()
+    stock = SimpleNamespace(_load_base_checkpoint=lambda load_dir, args, rank0=False: None)
+    CheckpointHooks(stock, lambda: None).check()  # type: ignore[arg-type]
+
+
+def test_another_signature_is_refused_with_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPTModel, "__init__", lambda self, config, layers: None)
+    with pytest.raises(RuntimeError, match=r"GPTModel\.__init__ has no parameter transformer_layer_spec") as refusal:
+        ModelHooks(lambda: None).check()
+    assert all(release in str(refusal.value) for release in KNOWN)
+
+
+def test_without_the_flags_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = [(TransformerConfig, "__post_init__"), (GPTModel, "__init__"), (dist_checkpointing, "load")]
+    touched.append((parallel_state, "initialize_model_parallel"))
+    before = [getattr(owner, name) for owner, name in touched]
+    monkeypatch.setitem(sys.modules, "megatron.training", None)  # would fail if it were looked for
+    hooks.install(["--tensor-model-parallel-size", "4", "--distributed-backend", "gloo"])
+    assert [getattr(owner, name) for owner, name in touched] == before
+
+
+def test_a_mistake_ends_the_program_as_the_parsers_does(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ModuleType("arguments")
+    arguments.add_megatron_arguments = lambda parser: parser  # type: ignore[attr-defined]
+    arguments.validate_args = lambda args, defaults=None: args  # type: ignore[attr-defined]
+    words = ["--head-dim-parallel", "2,2", "--tensor-model-parallel-size", "2"]
+    hooked = ArgumentHooks(arguments, words)
+    hooked.check()
+    hooked.install()
+    args = argparse.Namespace(**STOCK | {"tensor_model_parallel_size": 2, "head_dim_parallel": "2,2"})
+    with pytest.raises(SystemExit) as end:
+        hooked.validate(args)
+    assert end.value.code == 2
+    assert "error: " in (said := capsys.readouterr().err) and "--tensor-model-parallel-size 2" in said
+
+
+def test_the_launcher_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (([], "usage:"), (["no_such_script.py"], "no_such_script.py is no file")):
+        with pytest.raises(SystemExit) as end:
+            launch.main(words)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_gloo_is_found_in_both_spellings() -> None:
+    assert launch.on_gloo(["--distributed-backend", "gloo"]) and launch.on_gloo(["--distributed-backend=gloo"])
+    assert not launch.on_gloo(["--distributed-backend", "nccl", "gloo"])
