@@ -1,0 +1,121 @@
+"""Megatron-LM's own, unmodified pretrain_gpt.py through the launcher, on the grid, against itself on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hp_plugin import cli
+from hp_plugin.megatron_adapter.releases import KNOWN
+from tests.adapters.megatron_lm_runs import losses, needs_clone, release_tree, run
+
+pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(900)]
+
+GQA = "--group-query-attention --num-query-groups"
+LLAMA = "--normalization RMSNorm --swiglu --untie-embeddings-and-output-weights --disable-bias-linear"
+CASES = {
+    "MHA": ("", "--head-dim-parallel 2,2"),
+    "one key/value head": (f"{GQA} 1", "--head-dim-parallel 1,4"),
+    "two heads": ("--num-attention-heads 2", "--head-dim-parallel 2,2"),
+    "PP=2": ("", "--head-dim-parallel 1,2 --pipeline-model-parallel-size 2"),
+    "interleaved": (
+        "--num-layers 4",
+        "--head-dim-parallel 1,2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "sequence parallel, Llama's layer": (LLAMA, "--head-dim-parallel 2,2 --sequence-parallel"),
+    "distributed optimizer": (
+        "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+        "--head-dim-parallel 1,2",
+    ),
+    "QK-norm, recomputed, scores": (
+        f"{GQA} 2 --qk-layernorm",
+        "--head-dim-parallel 2,2 --head-dim-exchange scores --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ),
+    "auto, multi-token prediction": (
+        f"{GQA} 2 --mtp-num-layers 1",
+        "--head-dim-parallel auto --tensor-model-parallel-size 4",
+    ),
+    "--spec": (
+        "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec",
+        "--head-dim-parallel 1,4 --head-dim-exchange sequence",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release_tree("core_v0.16.1", tmp_path_factory.mktemp("core_v0.16.1"))
+
+
+def require_same_curve(stock: dict[int, float], grid: dict[int, float]) -> None:
+    """Stock ran from iteration 1, the grid from 2: each prints a mean of two as its second loss, then the losses."""
+    assert sorted(stock) == [1, 2, 3, 4, 5, 6, 7] and sorted(grid) == [2, 3, 4, 5, 6, 7]
+    for iteration in (4, 5, 6, 7):
+        assert grid[iteration] == pytest.approx(stock[iteration], abs=1e-4)
+    assert stock[7] < stock[4]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES.values(), ids=CASES.keys())
+def test_the_grid_goes_on_from_stock_on_the_same_curve(tree: Path, tmp_path: Path, model: str, layout: str) -> None:
+    # Both from one stock checkpoint, made without the plugin: Megatron-LM's initial weights depend on the layout.
+    stock = losses(tree, 1, f"{model} --save {tmp_path} --save-interval 1", launcher=False)
+    grid = losses(tree, 4, f"{model} {layout} --load {tmp_path} --ckpt-step 1")
+    require_same_curve(stock, grid)
+
+
+def test_interrupted_and_resumed_on_the_grid(tree: Path, tmp_path: Path) -> None:
+    flags = "--head-dim-parallel 2,2"
+    whole = losses(tree, 4, flags)
+    first = losses(tree, 4, f"{flags} --save {tmp_path} --save-interval 3 --exit-interval 3")
+    second = losses(tree, 4, f"{flags} --load {tmp_path}")
+    assert sorted(first) == [1, 2, 3] and sorted(second) == [4, 5, 6, 7]
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6, 7]
+    del second[5]  # the mean of two
+    assert first | second == {iteration: loss for iteration, loss in whole.items() if iteration != 5}
+
+
+def test_what_a_checkpoint_cannot_be_loaded_as(tree: Path, tmp_path: Path) -> None:
+    local = "--head-dim-parallel 2,2 --head-dim-exchange local --train-iters 1"
+    losses(tree, 4, f"{local} --save {tmp_path} --save-interval 1")
+    load = f"--load {tmp_path} --train-iters 2"
+    for flags, words in (
+        ("--head-dim-parallel 2,2", "would compute another function"),
+        (f"{local} --ffn-hidden-size 64", "mlp.linear_fc1.weight is ("),
+    ):
+        status, output = run(tree, 4, f"{flags} {load}")
+        assert status != 0 and words in output, output[-3000:]
+    assert sorted(losses(tree, 4, f"--head-dim-parallel 2,2 --head-dim-allow-other-function {load}")) == [2]
+    shard = max((tmp_path / "iter_0000001").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:100])
+    status, output = run(tree, 4, f"{local} {load}")
+    assert status != 0 and f"{shard} is truncated" in output, output[-3000:]
+
+
+def test_contradicting_flags_end_before_training(tree: Path) -> None:
+    for flags, words in (
+        ("--head-dim-parallel 2,2 --tensor-model-parallel-size 2", "--tensor-model-parallel-size 2"),
+        ("--head-dim-parallel 4,4", "16"),
+        ("--head-dim-parallel 4,1 --num-attention-heads 2 --kv-channels 16", "2"),
+        ("--head-dim-parallel 2x2", "2x2"),
+    ):
+        status, output = run(tree, 4, flags)
+        (said,) = [line for line in output.splitlines() if "pretrain_gpt.py: error:" in line]
+        assert status != 0 and "--head-dim-parallel" in said and words in said
+        assert "building GPT model" not in output
+
+
+def test_without_the_flag_nothing_changes(tree: Path) -> None:
+    layout = "--tensor-model-parallel-size 2"
+    assert losses(tree, 2, layout) == losses(tree, 2, layout, launcher=False)
+
+
+@pytest.mark.parametrize("release", KNOWN)
+def test_a_patched_tree_needs_no_launcher(tmp_path: Path, release: str) -> None:
+    patched = release_tree(f"core_v{release}", tmp_path / "tree")
+    untouched = losses(patched, 1, f"--save {tmp_path}/checkpoints --save-interval 1", launcher=False)
+    assert cli.main(["patch", str(patched)]) == 0
+    assert losses(patched, 1, "", launcher=False) == untouched
+    grid = losses(patched, 4, f"--head-dim-parallel 2,2 --load {tmp_path}/checkpoints --ckpt-step 1", launcher=False)
+    require_same_curve(untouched, grid)
