@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.megatron_adapter import flags, hooks, launch
 from hp_plugin.megatron_adapter.argument_hooks import ArgumentHooks
 from hp_plugin.megatron_adapter.checkpoint_hooks import CheckpointHooks
-from hp_plugin.megatron_adapter.model_hooks import ModelHooks
+from hp_plugin.megatron_adapter.model_hooks import ModelHooks, on_grid
 from hp_plugin.megatron_adapter.releases import KNOWN
 
 # What the plugin reads of Megatron-LM's arguments, and their defaults there.
@@ -158,3 +161,29 @@ def test_the_launcher_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -
 def test_gloo_is_found_in_both_spellings() -> None:
     assert launch.on_gloo(["--distributed-backend", "gloo"]) and launch.on_gloo(["--distributed-backend=gloo"])
     assert not launch.on_gloo(["--distributed-backend", "nccl", "gloo"])
+
+
+def test_configurations_that_are_built_again_keep_the_true_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = HeadDimConfig(2, 4)
+    for owner, name in (
+        (parallel_state, "initialize_model_parallel"),
+        (TransformerConfig, "__post_init__"),
+        (GPTModel, "__init__"),
+        (Attention, "__init__"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
+    ModelHooks(lambda: grid).install()
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=48,
+        num_attention_heads=6,
+        num_query_groups=2,
+        kv_channels=12,
+        tensor_model_parallel_size=8,
+        use_cpu_initialization=True,
+    )
+    for built in (config, replace(config), replace(replace(config, num_layers=3)), copy.deepcopy(config)):
+        assert (built.num_attention_heads, built.num_query_groups, built.kv_channels) == (6, 2, 12)
+        assert on_grid(built)
+    other = TransformerConfig(num_layers=1, hidden_size=48, num_attention_heads=6, use_cpu_initialization=True)
+    assert not on_grid(other)
