@@ -40,6 +40,7 @@ PLACES = {
     "hp_plugin.deepspeed_adapter.engine": (5, 0),
     "hp_plugin.doctor": (5, 0),
     "hp_plugin.plan_cli": (5, 0),
+    "hp_plugin.compare_cli": (5, 0),
     "hp_plugin.patch_cli": (5, 0),
     "hp_plugin.cli": (5, 1),
 }

@@ -1,0 +1,132 @@
+"""What one rank's collectives cost: time in and waiting for them, and bytes sent, by group axis and kind.
+
+Counted where every call passes, in torch's `ProcessGroup` methods and `Work.wait`, so that calls of Megatron-Core, of
+the exchanges and of optimizers are seen alike. Bytes follow the planner's convention (`wire_factor`): what a ring or a
+pairwise exchange sends per rank; a message counts at its sender.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hp_plugin.cost.collectives import wire_factor
+
+# ProcessGroup method -> (kind, which positional argument holds what `wire_factor` counts); torch 2.13 renamed some.
+_METHODS = {
+    "allreduce": ("all_reduce", 0),
+    "allgather": ("all_gather", 0),
+    "_allgather_base": ("all_gather", 0),
+    "all_gather_single": ("all_gather", 0),
+    "reduce_scatter": ("reduce_scatter", 1),
+    "_reduce_scatter_base": ("reduce_scatter", 1),
+    "reduce_scatter_single": ("reduce_scatter", 1),
+    "alltoall_base": ("all_to_all", 1),
+    "all_to_all_single": ("all_to_all", 1),
+    "alltoall": ("all_to_all", 1),
+    "broadcast": ("broadcast", 0),
+    "send": ("send_recv", 0),
+    "recv": ("receive", 0),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective call of this rank; `sent` in bytes by the convention above."""
+
+    kind: str
+    axis: str
+    sent: float
+
+
+@dataclass
+class Traffic:
+    """The calls of a block in order, and the seconds spent in and waiting for them, by (axis, kind)."""
+
+    calls: list[Call] = field(default_factory=list)
+    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def sent(self) -> dict[tuple[str, str], float]:
+        """Bytes sent by (axis, kind)."""
+        totals: dict[tuple[str, str], float] = {}
+        for call in self.calls:
+            totals[call.axis, call.kind] = totals.get((call.axis, call.kind), 0.0) + call.sent
+        return totals
+
+
+def group_axes() -> dict[str, str]:
+    """Axis by group name, of the groups that Megatron's parallel state has now; groups of one rank are left out."""
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    for axis in ("head", "dim"):
+        getter = getattr(parallel_state, f"get_{axis}_parallel_group", None)
+        if getter is not None:
+            groups[axis] = getter()
+    return {group.group_name: axis for axis, group in groups.items() if group.size() > 1}
+
+
+@contextmanager
+def counted(axes: Mapping[str, str]) -> Iterator[Traffic]:
+    """Counts every collective of this process until the end of the block; groups not in `axes` count as `other`."""
+    traffic = Traffic()
+    pending: dict[int, tuple[str, str]] = {}
+    # The bound descriptors, for putting them back: pybind's plain functions would no longer get their `self`.
+    originals = {name: vars(dist.ProcessGroup)[name] for name in _METHODS if name in vars(dist.ProcessGroup)}
+    waits, wait = vars(dist.Work)["wait"], dist.Work.wait
+
+    def add(key: tuple[str, str], began: float) -> None:
+        traffic.seconds[key] = traffic.seconds.get(key, 0.0) + time.perf_counter() - began
+
+    def counting(original: Callable[..., Any], kind: str, position: int) -> Callable[..., Any]:
+        @wraps(original)
+        def call(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
+            key = (axes.get(group.group_name, "other"), kind)
+            began = time.perf_counter()
+            work = original(group, *arguments, **options)
+            add(key, began)
+            size = _bytes(arguments[position]) if len(arguments) > position else 0
+            traffic.calls.append(Call(kind, key[0], _sent(kind, size, group.size())))
+            pending[id(work)] = key
+            return work
+
+        return call
+
+    def waiting(work: dist.Work, *arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return wait(work, *arguments, **options)
+        finally:
+            add(pending.get(id(work), ("other", "wait")), began)
+
+    try:
+        for name in originals:
+            setattr(dist.ProcessGroup, name, counting(getattr(dist.ProcessGroup, name), *_METHODS[name]))
+        dist.Work.wait = waiting  # type: ignore[assignment,method-assign]
+        yield traffic
+    finally:
+        for name, original in originals.items():
+            setattr(dist.ProcessGroup, name, original)
+        dist.Work.wait = waits  # type: ignore[method-assign]
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(part) for part in tensors)
+
+
+def _sent(kind: str, size: int, ranks: int) -> float:
+    if ranks == 1 or kind == "receive":
+        return 0.0
+    return size * wire_factor("all_gather" if kind == "broadcast" else kind, ranks)
