@@ -26,6 +26,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PRELOADED = [
     "numpy",
     "torch",
@@ -38,6 +40,9 @@ PRELOADED = [
 ]
 # After the first failure the others get this long to fail by themselves, so that their tracebacks show too.
 GRACE_S = 2.0
+# A gloo group has threads of its own, which look for work a hundred times a second for as long as anything holds the
+# group: ranks on which a job's globals hold theirs slow everything down, and new ones are forked in a moment.
+MAX_THREADS = 40
 
 
 class RankError(Exception):
@@ -62,12 +67,16 @@ class Ranks:
         pool = self._pools.get(world_size) or _Pool(world_size, self._context)
         self._pools[world_size] = pool
         try:
-            return pool.run(body, args, timeout)
+            results = pool.run(body, args, timeout)
         except BaseException:
             # Ranks in the middle of a job (also after Ctrl-C) can only be discarded.
             del self._pools[world_size]
             pool.kill()
             raise
+        if pool.threads() > MAX_THREADS:
+            del self._pools[world_size]
+            pool.kill()
+        return results
 
     def close(self) -> None:
         """End every pool."""
@@ -144,6 +153,10 @@ class _Pool:
             parts.append(f"--- rank {rank} still running, its stack ---\n{stack}")
         return head + "\n".join(parts)
 
+    def threads(self) -> int:
+        """Of the rank that has most of them."""
+        return max(psutil.Process(process.pid).num_threads() for process in self._processes)
+
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
@@ -214,11 +227,18 @@ def _run_job(call: bytes, store: Any) -> Any:
         return body(*args)
     finally:
         _tear_down_megatron()
-        for group in [group for group in world.pg_map if group is not default]:
-            dist.destroy_process_group(group)
+        destroy_groups_but(default)
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         gc.collect()
+
+
+def destroy_groups_but(*kept: Any) -> None:
+    """Ends all other process groups of this rank, and with them the threads they have."""
+    import torch.distributed as dist
+
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group not in kept]:
+        dist.destroy_process_group(group)
 
 
 def _tear_down_megatron() -> None:

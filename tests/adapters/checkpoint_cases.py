@@ -25,6 +25,7 @@ from hp_plugin.training.data import Batches
 from hp_plugin.training.distributed import running_ranks
 from hp_plugin.training.step import StepResult, Trainer, build_trainer, train_step
 from hp_plugin.training.transformer import build_transformer_config
+from tests.ranks import destroy_groups_but
 
 SEQUENCE = 16
 BATCH = 8
@@ -105,12 +106,18 @@ def training_config(layout: Layout = STOCK, **options: Any) -> TrainingConfig:
     )
 
 
+def quick_results_queue() -> Any:
+    """What Megatron-Core's writers report to, in a process forked in a moment; its own starts Python and torch anew."""
+    return multiprocessing.get_context("fork").Manager().Queue()
+
+
 @contextmanager
 def trainer_on(config: TrainingConfig) -> Iterator[Trainer]:
     """A trainer on running ranks; nothing of it is left after the block."""
     cpu_backend.enable()
     # Megatron-Core writes files from processes of its own, which multiprocessing denies to the harness' daemons.
     multiprocessing.current_process()._config["daemon"] = False
+    filesystem_async._results_queue = quick_results_queue()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*local is another function", category=UserWarning)
         transformer_config = build_transformer_config(config)
@@ -120,6 +127,7 @@ def trainer_on(config: TrainingConfig) -> Iterator[Trainer]:
         finally:
             # Ends the process behind it, which would outlive the harness' killed ranks.
             filesystem_async._results_queue = None
+            destroy_groups_but(dist.group.WORLD)
 
 
 def token_batches(config: TrainingConfig, iteration: int) -> Batches:

@@ -42,6 +42,10 @@ if __name__ == "__main__":
     megatron_lm.enable()
     exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))  # here: processes it spawns import this file as main
 """
+SPEC = """
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+layer = get_gpt_layer_local_spec()
+"""
 
 
 def release_tree(tag: str, folder: Path) -> Path:
@@ -54,6 +58,7 @@ def release_tree(tag: str, folder: Path) -> Path:
         files.extractall(folder, filter="data")
     # Megatron-LM compiles it at the start of every run, where the compiler and `python3-config` agree with it.
     shutil.copy(helpers_cpp.__file__, folder / "megatron/core/datasets")
+    (folder / "spec_of_ours.py").write_text(SPEC)  # for --spec
     return folder
 
 

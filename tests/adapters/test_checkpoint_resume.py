@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hp_plugin.megatron_adapter.checkpoint_checks import WrongModelError
+from tests.adapters.checkpoint_cases import quick_results_queue
 from tests.dist.training_runs import train
 from tests.ranks import Ranks
 
@@ -29,6 +30,7 @@ pytestmark = [
 def train_saving(cache: str, flags: str) -> tuple[dict[int, float], str]:
     # Megatron-Core writes files from processes of its own, which multiprocessing denies to the harness' daemons.
     multiprocessing.current_process()._config["daemon"] = False
+    filesystem_async._results_queue = quick_results_queue()
     try:
         return train(cache, flags)
     finally:

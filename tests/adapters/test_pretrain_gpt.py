@@ -38,7 +38,7 @@ CASES = {
         "--head-dim-parallel auto --tensor-model-parallel-size 4",
     ),
     "--spec": (
-        "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec",
+        "--spec spec_of_ours layer",
         "--head-dim-parallel 1,4 --head-dim-exchange sequence",
     ),
 }

@@ -18,6 +18,7 @@ from hp_plugin.training.data import batches, build_datasets
 from hp_plugin.training.distributed import running_ranks
 from hp_plugin.training.initialization import initialize_parameters, named_global_parameters
 from hp_plugin.training.model import build_gpt
+from tests.ranks import destroy_groups_but
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
 SMALL = (
@@ -42,8 +43,11 @@ def configured(cache: str, flags: str) -> TrainingConfig:
 def train(cache: str, flags: str = "") -> tuple[dict[int, float], str]:
     """{iteration: lm loss} (on the last rank) and what this rank printed."""
     pretrain_gpt, config, said = example(), configured(cache, flags), io.StringIO()
-    with redirect_stdout(said):
-        losses = pretrain_gpt.pretrain(config, pretrain_gpt.check(config))
+    try:
+        with redirect_stdout(said):
+            losses = pretrain_gpt.pretrain(config, pretrain_gpt.check(config))
+    finally:
+        destroy_groups_but(dist.group.WORLD)  # several runs in one job
     return losses, said.getvalue()
 
 
