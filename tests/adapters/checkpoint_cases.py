@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,10 @@ def training_config(layout: Layout = STOCK, **options: Any) -> TrainingConfig:
 
 def quick_results_queue() -> Any:
     """What Megatron-Core's writers report to, in a process forked in a moment; its own starts Python and torch anew."""
-    return multiprocessing.get_context("fork").Manager().Queue()
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    # The process groups that it inherits have lost their threads: collecting one as garbage would crash it.
+    manager.start(gc.disable)
+    return manager.Queue()
 
 
 @contextmanager
