@@ -57,7 +57,7 @@ class Ranks:
         self._context.set_forkserver_preload(PRELOADED)
         self._pools: dict[int, _Pool] = {}
 
-    def run(self, world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 400.0) -> list[Any]:
         """Return `body(*args)` of every rank, in rank order; `body` is a function of a test module.
 
         `timeout` is in seconds. Warnings are filtered on the ranks as in the calling test. Raises

@@ -81,7 +81,7 @@ def run(tree: Path, ranks: int, flags: str, launcher: bool = True) -> tuple[int,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     return done.returncode, done.stdout
 

@@ -60,7 +60,7 @@ def test_an_interrupted_run_prints_the_same_losses(
     ranks: Ranks, tmp_path: Path, layout: str, interrupted: str, resumed: str
 ) -> None:
     folder = str(tmp_path / "run")
-    whole, first, second = ranks.run(4, all_runs, str(tmp_path), layout, folder, interrupted, resumed, timeout=250)[-1]
+    whole, first, second = ranks.run(4, all_runs, str(tmp_path), layout, folder, interrupted, resumed, timeout=600)[-1]
     assert sorted(first) == [1, 2, 3] and sorted(second) == [4, 5, 6]
     assert first | second == whole
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "6"

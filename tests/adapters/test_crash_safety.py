@@ -62,7 +62,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("saving", ["", "--async-save"])
 def test_killed_ranks_resume_on_the_same_curve(tmp_path: Path, saving: str, undisturbed: dict[int, str]) -> None:
     expected = undisturbed

@@ -10,7 +10,7 @@ from hp_plugin import cli
 from hp_plugin.megatron_adapter.releases import KNOWN
 from tests.adapters.megatron_lm_runs import losses, needs_clone, release_tree, run
 
-pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 GQA = "--group-query-attention --num-query-groups"
 LLAMA = "--normalization RMSNorm --swiglu --untie-embeddings-and-output-weights --disable-bias-linear"
