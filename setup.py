@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=["hp_plugin", "hp_plugin.*"]),
     package_data={"hp_plugin": ["py.typed", "**/*.json", "**/*.patch"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "megatron-core>=0.15,<0.20", "numpy"],
+    install_requires=["torch>=2.6", "megatron-core>=0.15,<0.20", "numpy", "rich>=13"],
     extras_require={
         "test": ["mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "tensorboard"],
         "plot": ["matplotlib>=3.8"],

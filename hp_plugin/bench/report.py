@@ -1,4 +1,4 @@
-"""What `hp-plugin compare` writes: report.json with every raw sample, and report.md with medians and ratios."""
+"""What a comparison found: report.json with every raw sample, and what is made of it."""
 
 from __future__ import annotations
 
@@ -6,107 +6,141 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hp_plugin import __version__
-from hp_plugin.exchange_rules import RULES, resolve
-from hp_plugin.training.config import TrainingConfig
-from hp_plugin.training.transformer import build_transformer_config
-from hp_plugin.transformer_config import attention_shape
+from hp_plugin.bench.closed_form import closed_form_bytes
+from hp_plugin.bench.layouts import Entrant
+from hp_plugin.bench.markdown import markdown
+from hp_plugin.cost.hardware import package_json
 
 if TYPE_CHECKING:
-    from hp_plugin.bench.ranks import Job
+    from hp_plugin.bench.job import Job
+    from hp_plugin.bench.timing import Sample
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of report.json, described in docs/compare.md."""
+
+Report = dict[str, Any]
 
 
-def write_report(
-    job: Job, losses: dict[str, list[float]], samples: dict[str, list[dict[str, Any]]], complete: bool
-) -> None:
-    """Writes report.json and report.md into `job.out`, whole or not at all."""
-    report = {
-        "schema": SCHEMA,
-        "complete": complete,
-        "model": job.model,
-        "mode": job.mode,
-        "versions": {"hp_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "gpu": torch.cuda.is_available()},
-        "layouts": {
-            name: _summary(config, job.mode, losses[name], samples[name]) for name, config in job.layouts.items()
-        },
-    }
+class Results:
+    """Losses and samples of one comparison as they come in."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.losses: dict[str, list[float]] = {}
+        self.twin_losses: dict[str, list[float]] = {}
+        names = [entrant.name for entrant in job.entrants]
+        self.samples: dict[str, dict[str, list[Sample]]] = {mode: {name: [] for name in names} for mode in job.modes}
+
+    def report(self, complete: bool) -> Report:
+        """The whole of it, as report.json has it."""
+        job = self.job
+        config = job.entrants[0].config
+        return {
+            "schema": SCHEMA,
+            "complete": complete,
+            "model": job.model,
+            "scale": job.scale,
+            "options": _given_options(config),
+            "modes": {
+                mode: {
+                    entrant.name: self._summary(entrant, mode)
+                    for entrant in job.entrants
+                    if self.samples[mode][entrant.name]
+                }
+                for mode in job.modes
+            },
+            "not_possible": job.impossible,
+            "reported": _reported(job.model),
+            "machine": _machine(job.entrants[0].layout.world),
+            "versions": _versions(),
+        }
+
+    def _summary(self, entrant: Entrant, mode: str) -> dict[str, Any]:
+        config, samples = entrant.config, self.samples[mode][entrant.name]
+        assert config.global_batch_size is not None
+        tokens = config.global_batch_size * config.seq_length
+        per_position = 1e3 / config.seq_length
+        keys = sorted({key for sample in samples for key in sample["comm_s"]})
+        return {
+            "exact": entrant.exact,
+            "losses": self.losses[entrant.name],
+            "twin_losses": self.twin_losses.get(entrant.name),
+            "step_s": spread(samples, lambda sample: sample["step_s"]),
+            "tokens_per_s": spread(samples, lambda sample: tokens / sample["step_s"]),
+            "tpot_ms": spread(samples, lambda sample: per_position * sum(sample["comm_s"].values())),
+            "tpot_ms_by_group": {
+                key: statistics.median(per_position * sample["comm_s"].get(key, 0.0) for sample in samples)
+                for key in keys
+            },
+            "pipeline_wait_share": spread(samples, lambda sample: sample["pipeline_wait_s"] / sample["step_s"]),
+            "sent_bytes_per_token": {key: size / tokens for key, size in samples[-1]["sent_bytes"].items()},
+            "closed_form_bytes_per_token": {
+                "/".join(key): size / tokens for key, size in sorted(closed_form_bytes(entrant, mode).items())
+            },
+            "peak_bytes": max((s["peak_bytes"] for s in samples if s["peak_bytes"] is not None), default=None),
+            "samples": samples,
+        }
+
+
+def spread(samples: list[Sample], value: Callable[[Sample], float]) -> dict[str, float]:
+    """Median, smallest and largest over all samples."""
+    values = [value(sample) for sample in samples]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def write_report(results: Results, complete: bool) -> None:
+    """Writes report.json and report.md into the job's directory, each of them whole or not at all."""
+    report = results.report(complete)
     for name, text in (("report.json", json.dumps(report, indent=1)), ("report.md", markdown(report))):
-        path = Path(job.out, name)
+        path = Path(results.job.out, name)
         path.with_suffix(".new").write_text(text + "\n", encoding="utf-8")
         path.with_suffix(".new").replace(path)
 
 
-def _summary(config: TrainingConfig, mode: str, losses: list[float], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    assert config.global_batch_size is not None
-    tokens = config.global_batch_size * config.seq_length
-    rates = [tokens / sample["step_s"] for sample in samples]
-    tpot = [1e3 * sum(sample["comm_s"].values()) / config.seq_length for sample in samples]
-    keys = sorted({key for sample in samples for key in sample["comm_s"]})
+def _given_options(config: Any) -> dict[str, Any]:
+    """What of the trainer's options makes the model, its batch and its precision."""
+    names = (
+        "num_layers", "hidden_size", "num_attention_heads", "query_groups", "kv_channels", "ffn_hidden_size",
+        "seq_length", "global_batch_size", "padded_vocab_size", "position_embedding_type", "normalization", "swiglu",
+        "num_experts", "moe_router_topk", "moe_expert_capacity_factor", "fp16", "bf16",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def _reported(model: str) -> dict[str, Any] | None:
+    """What the source experiments report for a model of theirs."""
+    rows = package_json("published.json")["source_experiments"]["rows"]
+    mine = [row for row in rows if model in (f"paper-{row[0]}", f"paper-{row[0]}-full")]
+    if not mine:
+        return None
+    return {row[1]: {"tokens_per_s": row[2], "tpot_ms": row[3]} for row in mine}
+
+
+def _machine(ranks: int) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
     return {
-        "losses": losses,
-        "tokens_per_s": spread(rates),
-        "tpot_ms": spread(tpot),
-        "tpot_ms_by_group": {
-            key: statistics.median(1e3 * sample["comm_s"].get(key, 0.0) / config.seq_length for sample in samples)
-            for key in keys
-        },
-        "sent_bytes_per_token": {key: size / tokens for key, size in samples[-1]["sent_bytes"].items()},
-        "dim_bytes_per_token_closed_form": exchange_bytes(config, mode) / tokens,
-        "peak_bytes": max(sample["peak_bytes"] for sample in samples),
-        "samples": samples,
+        "ranks": ranks,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpus": torch.cuda.device_count() if cuda else 0,
+        "system": platform.platform(),
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def _versions() -> dict[str, str | None]:
+    def of(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
 
-
-def exchange_bytes(config: TrainingConfig, mode: str) -> float:
-    """Bytes that one rank sends over its dim group in one step, by the exchange's rule, averaged over ranks."""
-    grid = config.head_dim
-    if grid is None or grid.n == 1:
-        return 0.0
-    transformer = build_transformer_config(config)
-    rotary = int(transformer.kv_channels * config.rotary_percent) if config.position_embedding_type == "rope" else 0
-    shape = attention_shape(transformer, grid, config.micro_batch_size, config.seq_length, rotary=rotary)
-    rule = RULES[resolve(grid.exchange, shape)]
-    itemsize = transformer.params_dtype.itemsize
-    moved = rule.bytes(shape, itemsize)
-    if mode == "train":
-        moved += rule.elements_backward(shape) * itemsize
-    assert config.global_batch_size is not None
-    # Every rank of every stage runs num_layers/pp layers; data parallelism divides the micro-batches.
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else config.model_parallel
-    return float(moved) * config.num_layers // config.pipeline_model_parallel_size * config.micro_batches(world)
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a table; ratios are to the first layout."""
-    layouts = report["layouts"]
-    base = next(iter(layouts.values()))
-    lines = [
-        f"# {report['model']}, {report['mode']}" + ("" if report["complete"] else " (partial: the run did not end)"),
-        "",
-        "| layout | tokens/s (min–max) | ratio | TPOT ms | ratio | sent bytes/token |",  # noqa: RUF001
-        "|---|---|---|---|---|---|",
-    ]
-    for name, one in layouts.items():
-        rate, tpot = one["tokens_per_s"], one["tpot_ms"]["median"]
-        waited = base["tpot_ms"]["median"]
-        lines.append(
-            f"| {name} | {rate['median']:.0f} ({rate['min']:.0f}–{rate['max']:.0f}) "  # noqa: RUF001
-            f"| {rate['median'] / base['tokens_per_s']['median']:.3f} | {tpot:.4f} "
-            f"| {f'{tpot / waited:.3f}' if waited else '-'} | {sum(one['sent_bytes_per_token'].values()):.1f} |"
-        )
-    cpus = report["machine"]["cpus"]
-    lines += ["", f"Measured on {'GPUs' if report['machine']['gpu'] else f'{cpus} CPU cores with gloo'}."]
-    return "\n".join(lines)
+    others = {name: of(name) for name in ("megatron-core", "deepspeed", "transformer-engine")}
+    return {"hp-plugin": __version__, "torch": torch.__version__, "python": platform.python_version(), **others}

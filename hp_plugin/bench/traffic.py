@@ -8,7 +8,7 @@ pairwise exchange sends per rank; a message counts at its sender.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from hp_plugin.cost.collectives import wire_factor
 
@@ -35,6 +34,29 @@ _METHODS = {
     "broadcast": ("broadcast", 0),
     "send": ("send_recv", 0),
     "recv": ("receive", 0),
+}
+
+
+_MESSAGES = ("send_recv", "receive")
+
+# Descriptions of groups in `megatron.core.parallel_state` and `hp_plugin.groups`.
+_AXES = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "HEAD_PARALLEL_GROUP": "head",
+    "DIM_PARALLEL_GROUP": "dim",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "EMBEDDING_GROUP": "pp",
+    "CONTEXT_PARALLEL_GROUP": "cp",
+    "DATA_PARALLEL_GROUP": "dp",
+    "DATA_PARALLEL_GROUP_WITH_CP": "dp",
+    "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP": "dp",
+    "EXPERT_MODEL_PARALLEL_GROUP": "ep",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "etp",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "ep",
+    "EXPERT_DATA_PARALLEL_GROUP": "edp",
+    "INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "edp",
+    "MODEL_PARALLEL_GROUP": "world",
+    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "world",
 }
 
 
@@ -61,24 +83,20 @@ class Traffic:
             totals[call.axis, call.kind] = totals.get((call.axis, call.kind), 0.0) + call.sent
         return totals
 
+    def pipeline_seconds(self) -> float:
+        """Seconds in and waiting for messages between pipeline stages."""
+        return sum(seconds for (axis, kind), seconds in self.seconds.items() if axis == "pp" and kind in _MESSAGES)
 
-def group_axes() -> dict[str, str]:
-    """Axis by group name, of the groups that Megatron's parallel state has now; groups of one rank are left out."""
-    groups = {
-        "tp": parallel_state.get_tensor_model_parallel_group(),
-        "pp": parallel_state.get_pipeline_model_parallel_group(),
-        "dp": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    for axis in ("head", "dim"):
-        getter = getattr(parallel_state, f"get_{axis}_parallel_group", None)
-        if getter is not None:
-            groups[axis] = getter()
-    return {group.group_name: axis for axis, group in groups.items() if group.size() > 1}
+
+def axis_of(group: dist.ProcessGroup) -> str:
+    """The axis that Megatron-Core (or this plugin) made a group for, from the description it gave it."""
+    description = str(group.group_desc)
+    return _AXES.get(description, "world" if group is dist.group.WORLD else description.lower())
 
 
 @contextmanager
-def counted(axes: Mapping[str, str]) -> Iterator[Traffic]:
-    """Counts every collective of this process until the end of the block; groups not in `axes` count as `other`."""
+def counted() -> Iterator[Traffic]:
+    """Counts every collective of this process until the end of the block."""
     traffic = Traffic()
     pending: dict[int, tuple[str, str]] = {}
     # The bound descriptors, for putting them back: pybind's plain functions would no longer get their `self`.
@@ -91,7 +109,7 @@ def counted(axes: Mapping[str, str]) -> Iterator[Traffic]:
     def counting(original: Callable[..., Any], kind: str, position: int) -> Callable[..., Any]:
         @wraps(original)
         def call(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
-            key = (axes.get(group.group_name, "other"), kind)
+            key = (axis_of(group), kind)
             began = time.perf_counter()
             work = original(group, *arguments, **options)
             add(key, began)

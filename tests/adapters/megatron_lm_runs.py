@@ -22,12 +22,13 @@ needs_clone = pytest.mark.skipif(
     "MEGATRON_LM_DIR" not in os.environ, reason="MEGATRON_LM_DIR names no clone of Megatron-LM with its release tags"
 )
 
-# A padded vocabulary of 512 on every layout; what is off needs Apex, Transformer Engine or a GPU.
+# A padded vocabulary of 4096 on every layout (0.15's mock data has tokens up to 4094); what is off needs Apex,
+# Transformer Engine or a GPU.
 COMMON = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --kv-channels 8 --ffn-hidden-size 48 --seq-length 16
     --max-position-embeddings 16 --position-embedding-type rope --micro-batch-size 2 --global-batch-size 4
     --train-iters 7 --lr 1e-2 --min-lr 1e-3 --seed 1 --attention-dropout 0 --hidden-dropout 0 --mock-data
-    --tokenizer-type NullTokenizer --vocab-size 511 --distributed-backend gloo --transformer-impl local
+    --tokenizer-type NullTokenizer --vocab-size 4095 --distributed-backend gloo --transformer-impl local
     --no-gradient-accumulation-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm --no-rope-fusion --log-interval 1 --eval-iters 0 --eval-interval 1000
     --ckpt-format torch_dist

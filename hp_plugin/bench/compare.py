@@ -1,0 +1,117 @@
+"""From the options of `hp-plugin compare` to reports: everything is checked before a rank starts or a file is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hp_plugin.bench.catalogue import CatalogueModel, load_model
+from hp_plugin.bench.figure import draw
+from hp_plugin.bench.job import Job
+from hp_plugin.bench.layouts import Entrant, NotPossibleError, enter, smallest_world
+from hp_plugin.bench.readme import check_page, put_into
+from hp_plugin.bench.start import RankFailedError, start
+from hp_plugin.bench.suites import MODES, SUITES, Comparison
+from hp_plugin.bench.table import show
+
+_WRITTEN = ("report.json", "report.md", "report.png")
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Runs every comparison that is asked for; 1 as soon as a rank fails.
+
+    Raises:
+        ValueError: an option, model or layout that cannot run.
+    """
+    for name in ("ranks", "steps", "rounds", "global_batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if find_spec("matplotlib") is None:
+        raise ValueError("compare draws with matplotlib, which is not installed: pip install 'hp-plugin[plot]'")
+    if args.into is not None:
+        check_page(args.into)
+    jobs = [_job(comparison, args) for comparison in _comparisons(args)]
+    reports = []
+    for job, ranks in jobs:
+        report = _run(job, ranks)
+        if report is None:
+            return 1
+        reports.append(report)
+    if args.into is not None:
+        put_into(args.into, reports)
+    return 0
+
+
+def _comparisons(args: argparse.Namespace) -> tuple[Comparison, ...]:
+    if args.suite is None:
+        if not args.layouts:
+            raise ValueError('--model needs --layouts, for example --layouts "tp=8,pp=2" "grid=4x4"')
+        return (Comparison(args.model, tuple(args.layouts), MODES[args.mode or "train"]),)
+    if args.layouts:
+        raise ValueError(f"--suite {args.suite} has its own layouts: give --model with --layouts")
+    return tuple(replace(one, modes=MODES[args.mode or "both"]) for one in SUITES[args.suite])
+
+
+def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
+    model = load_model(comparison.model)
+    if args.global_batch is not None:
+        model = replace(model, batch=args.global_batch)
+    texts = list(comparison.layouts)
+    if len(set(texts)) < len(texts):
+        raise ValueError("--layouts: one is given twice")
+    ranks = args.ranks or smallest_world(texts)
+    entrants, impossible = _enter(model, texts, ranks)
+    name = Path(comparison.model).stem
+    job = Job(name, model.scale, tuple(entrants), impossible, comparison.modes, args.steps, args.rounds)
+    return replace(job, out=args.out / name, trace=args.trace), ranks
+
+
+def _enter(model: CatalogueModel, texts: list[str], ranks: int) -> tuple[list[Entrant], dict[str, str]]:
+    entrants: list[Entrant] = []
+    impossible: dict[str, str] = {}
+    for text in texts:
+        try:
+            entrants.append(enter(model, text, ranks))
+        except NotPossibleError as refusal:
+            impossible[text] = str(refusal)
+    if not entrants:
+        raise ValueError(f"no layout can run: {'; '.join(f'{text}: {words}' for text, words in impossible.items())}")
+    return entrants, impossible
+
+
+def _run(job: Job, ranks: int) -> dict[str, Any] | None:
+    """One comparison; its report, or None if a rank failed."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    for name in _WRITTEN:
+        (job.out / name).unlink(missing_ok=True)
+    failure = None
+    try:
+        start(job, ranks)
+    except RankFailedError as failed:
+        failure = str(failed)
+    finally:
+        report = _finish(job)
+    if failure is None:
+        return report
+    kept = f"; partial results are in {job.out}" if report is not None else ""
+    print(f"hp-plugin compare: error: {failure}{kept}", file=sys.stderr)
+    return None
+
+
+def _finish(job: Job) -> dict[str, Any] | None:
+    """Shows and draws what there is, partial or not."""
+    path = job.out / "report.json"
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    if not path.exists():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    draw(report, job.out / "report.png")
+    show(report)
+    return report

@@ -1,0 +1,55 @@
+"""Puts the tables of comparisons into a Markdown page, between two markers that stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hp_plugin.bench.layouts import FUNCTION_MARK
+from hp_plugin.bench.markdown import HEAD, described, rows
+
+BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"
+
+
+def check_page(page: Path) -> None:
+    """Refuses a page without room for tables.
+
+    Raises:
+        ValueError: no such file, or not both markers in it, in this order.
+    """
+    if not page.is_file():
+        raise ValueError(f"--into {page}: no such file")
+    text = page.read_text(encoding="utf-8")
+    if not -1 < text.find(BEGIN) < text.find(END):
+        raise ValueError(f"--into {page}: needs a line {BEGIN} and, below it, a line {END}")
+
+
+def put_into(page: Path, reports: list[dict[str, Any]]) -> None:
+    """Replaces what is between the markers; the page is written whole or not at all."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    new = page.with_name(page.name + ".new")
+    new.write_text(f"{before}{BEGIN}\n{tables(reports)}\n{END}{after}", encoding="utf-8")
+    new.replace(page)
+
+
+def tables(reports: list[dict[str, Any]]) -> str:
+    """One short table per model and mode."""
+    lines: list[str] = []
+    for report in reports:
+        lines += ["", f"**{report['model']}**: {described(report)}"]
+        for mode, layouts in report["modes"].items():
+            lines += ["", f"| {mode} | {' | '.join(HEAD[1:5])} |", "|---" * 5 + "|"]
+            lines += [f"| {' | '.join(cells[:5])} |" for cells in rows(layouts)]
+            lines += [f"| {name} | stock: not possible | | | |" for name in report["not_possible"]]
+        if report["reported"] is not None:
+            base, grid = report["reported"].values()
+            lines += [
+                "",
+                f"The source experiments report {grid['tokens_per_s'] / base['tokens_per_s']:.3f} times the tokens/s and "
+                f"{grid['tpot_ms'] / base['tpot_ms']:.3f} times the TPOT of TP=8·PP=2 for their grid on 16 H100.",
+            ]
+    if any(not one["exact"] for report in reports for layouts in report["modes"].values() for one in layouts.values()):
+        lines += ["", f"{FUNCTION_MARK}: another function than the model's attention."]
+    return "\n".join([*lines, ""])

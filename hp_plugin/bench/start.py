@@ -1,0 +1,58 @@
+"""Starts the ranks of a comparison on this machine and says in one line what became of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from hp_plugin.bench.job import Job, run_rank
+
+
+class RankFailedError(Exception):
+    """A rank raised or died; all others have been ended."""
+
+
+def start(job: Job, ranks: int) -> None:
+    """Runs a job on `ranks` processes of torch's elastic launcher, which meet on a free port of this machine.
+
+    Raises:
+        RankFailedError: in one line, the first failure.
+        KeyboardInterrupt: the user stopped it; no rank is left.
+    """
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="compare",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    # The launcher logs every failing rank with its traceback; one of them is reported here.
+    for logger in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # Every rank would say again what `hp-plugin doctor` says once: which optional packages are missing.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    try:
+        elastic_launch(settings, run_rank)(job)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        raise RankFailedError(f"rank {rank} {_said(failure)}") from None
+    except SignalException as stopped:  # the launcher has ended all ranks by now
+        raise KeyboardInterrupt from stopped
+
+
+def _said(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        killed = " (often the kernel's answer to a lack of memory)" if failure.exitcode == -9 else ""
+        return f"was ended by {failure.signal_name()}{killed}"
+    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    words = str(message).strip()
+    for kind in ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory"):
+        if kind in words:
+            return f"ran out of memory: {words}; use fewer ranks, a smaller model or micro-batch"
+    return f"failed: {words}"

@@ -1,0 +1,55 @@
+"""The documented sets of comparisons that `hp-plugin compare --suite` runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+MODES = {"forward": ("forward",), "train": ("train",), "both": ("forward", "train")}
+"""What is timed, by the word of `--mode`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Layouts of one model, the first one being the baseline."""
+
+    model: str
+    layouts: tuple[str, ...]
+    modes: tuple[str, ...] = ("forward", "train")
+
+
+_GRIDS = ("16x1", "8x2", "4x4", "2x8", "1x16")
+_PAPER = Comparison(
+    "paper-dense",
+    (
+        "tp=8,pp=2",
+        "tp=16",
+        *(f"grid={grid},exchange=batch" for grid in _GRIDS),
+        *(f"grid=4x4,exchange={exchange}" for exchange in ("sequence", "scores", "local")),
+    ),
+)
+# Stock MoE runs under TP with sequence parallelism alone, so every Megatron layout has it.
+_PAPER_MOE = Comparison(
+    "paper-moe",
+    (
+        "tp=8,pp=2,sp,ep=8",
+        "tp=8,pp=2,ep=8,moe=deepspeed",
+        "tp=16,sp,ep=8",
+        *(f"grid={grid},exchange=batch,ep=8,moe=deepspeed" for grid in _GRIDS),
+        "grid=4x4,exchange=batch,sp,ep=8",
+        *(f"grid=4x4,exchange={exchange},ep=8,moe=deepspeed" for exchange in ("sequence", "scores", "local")),
+    ),
+)
+_KV_HEADS = (
+    Comparison("llama3-like", ("tp=16", "grid=8x2", "grid=8x2,exchange=sequence")),
+    Comparison("qwen2.5-like", ("tp=8", "grid=2x4", "grid=2x4,exchange=sequence")),
+    Comparison("mqa", ("tp=8", "grid=1x8", "grid=1x8,exchange=sequence")),
+    Comparison("few-heads", ("grid=4x2", "tp=8", "tp=4,dp=2")),
+)
+
+SUITES: dict[str, tuple[Comparison, ...]] = {
+    "paper-dense": (_PAPER,),
+    "paper-moe": (_PAPER_MOE,),
+    "kv-heads": _KV_HEADS,
+    "all": (_PAPER, _PAPER_MOE, *_KV_HEADS),
+}

@@ -1,0 +1,46 @@
+"""A comparison on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hp_plugin.bench.layouts import FUNCTION_MARK
+from hp_plugin.bench.markdown import HEAD, described, rows
+
+
+_WIDTH = 150
+"""Columns of a log, which has no width of its own."""
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a table per mode, the source's reported ratios under it where the model is theirs."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(f"\n[bold]{report['model']}[/bold]: {described(report)}", highlight=False)
+    for mode, layouts in report["modes"].items():
+        if not layouts:
+            continue
+        title = mode if report["complete"] else f"{mode} (partial: the run did not end)"
+        table = Table(title=title, title_justify="left")
+        for number, head in enumerate(HEAD):
+            table.add_column(head, justify="right" if number else "left")
+        for cells in rows(layouts):
+            table.add_row(*cells)
+        for name in report["not_possible"]:
+            table.add_row(name, "stock: not possible")
+        console.print(table)
+        if any(not one["exact"] for one in layouts.values()):
+            console.print(f"{FUNCTION_MARK} another function than the model's attention (docs/compare.md)")
+    for name, words in report["not_possible"].items():
+        console.print(f"{name}: stock: not possible: {words}", markup=False)
+    if report["reported"]:
+        base, grid = report["reported"].values()
+        rate, tpot = grid["tokens_per_s"] / base["tokens_per_s"], grid["tpot_ms"] / base["tpot_ms"]
+        console.print(
+            f"the source experiments report, on 16 H100 at full size: {rate:.3f} times the tokens/s and {tpot:.3f} "
+            "times the TPOT of TP=8·PP=2",
+            highlight=False,
+        )
