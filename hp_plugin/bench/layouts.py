@@ -67,9 +67,9 @@ def enter(model: CatalogueModel, text: str, world: int) -> Entrant:
         raise ValueError(f"model: {str(wrong).partition('() ')[2]}") from None
     try:
         check_config(config, world)
-        build_transformer_config(config)
+        build_transformer_config(config, world)
     except ValueError as refusal:
-        stock = _stock_refusal(config) if layout.grid is None else None
+        stock = _stock_refusal(config, world) if layout.grid is None else None
         if stock is not None:
             raise NotPossibleError(stock) from refusal
         raise ValueError(f"layout {text!r}: {refusal}") from refusal
@@ -109,10 +109,10 @@ def _options(model: CatalogueModel, layout: Layout) -> dict[str, Any]:
     return options
 
 
-def _stock_refusal(config: TrainingConfig) -> str | None:
+def _stock_refusal(config: TrainingConfig, world: int) -> str | None:
     """What stock's own configuration says against heads and ranks, if it does."""
     try:
-        build_transformer_config(config)
+        build_transformer_config(config, world)
     except ValueError as refusal:
         # `build_transformer_config` passes stock's words on.
         return str(refusal) if "tensor_model_parallel_size" in str(refusal) else None

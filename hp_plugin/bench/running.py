@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from hp_plugin.bench.peak_memory import return_free_memory
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import running_ranks
 from hp_plugin.training.step import Trainer, build_trainer
@@ -23,11 +24,25 @@ def built(config: TrainingConfig) -> Iterator[Trainer]:
     with running_ranks(config) as device:
         trainer = build_trainer(config, build_transformer_config(config), device)
         yield trainer
+        _drop_graphs(trainer)
         del trainer
+    if config.num_experts is not None and config.moe_backend == "deepspeed":
+        from hp_plugin.deepspeed_adapter.moe_groups import forget_expert_groups
+
+        forget_expert_groups()
     _end_groups()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return_free_memory()
+
+
+def _drop_graphs(trainer: Trainer) -> None:
+    """Cuts what MoE layers keep of their last pass: through its graph a model holds itself, unseen by Python."""
+    for chunk in trainer.model:
+        for module in chunk.modules():
+            for holder in (module, getattr(module, "token_dispatcher", module)):
+                kept = [name for name, value in vars(holder).items() if isinstance(value, Tensor) and value.grad_fn]
+                for name in kept:
+                    setattr(holder, name, None)
 
 
 def _end_groups() -> None:

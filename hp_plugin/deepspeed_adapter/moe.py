@@ -148,6 +148,8 @@ class DeepSpeedMoELayer(MoE):
                 hidden_states, tensor_parallel_output_grad=False, group=self.tensor_group
             )
         output, loss, _ = super().forward(hidden_states)
+        # DeepSpeed keeps it: with its graph attached the layer would hold itself, and never be freed.
+        self.deepspeed_moe.l_aux = loss.detach()
         if self.training and torch.is_grad_enabled():
             output = self._with_aux_loss(output, loss)
         return scatter_to_sequence_parallel_region(output, group=self.tensor_group) if split else output

@@ -61,3 +61,16 @@ def check_mpu(tensor: torch_dist.ProcessGroup) -> None:
             f"DeepSpeed's mpu ({type(groups.mpu).__name__}) does not name the {tensor.size()} tensor-parallel ranks of "
             "the model: pass deepspeed.initialize no mpu of your own, or GridMpu.from_parallel_state()"
         )
+
+
+def forget_expert_groups() -> None:
+    """Takes back from DeepSpeed all that `register_expert_groups` handed it, so that the groups can end."""
+    for known in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        known.clear()
+    if isinstance(groups.mpu, GridMpu):
+        groups.mpu = None

@@ -59,8 +59,8 @@ def mlp_width(config: TrainingConfig) -> int:
     return 4 * config.hidden_size if not config.swiglu else max(64, 8 * config.hidden_size // 3 // 64 * 64)
 
 
-def build_transformer_config(config: TrainingConfig) -> TransformerConfig:
-    """The model's configuration; needs no process group.
+def build_transformer_config(config: TrainingConfig, world_size: int | None = None) -> TransformerConfig:
+    """The model's configuration for `world_size` ranks (default: those of this run); needs no process group.
 
     Raises:
         ValueError: Megatron-Core or the grid refuses the combination.
@@ -112,7 +112,7 @@ def build_transformer_config(config: TrainingConfig) -> TransformerConfig:
         raise ValueError(f"Megatron-Core refuses this model: {refusal}") from refusal
     if config.head_dim is not None:
         _check_exchange(config, transformer_config)
-    check_mixture(config, transformer_config, find_world_size())
+    check_mixture(config, transformer_config, world_size or find_world_size())
     return transformer_config
 
 
