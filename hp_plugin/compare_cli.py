@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="train (default), forward, or both (default of a suite)")
     parser.add_argument("--ranks", type=int, help="processes to start (default: what the largest layout takes)")
     parser.add_argument("--global-batch", type=int, help="sequences per step, in place of the model's")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a layout per round")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a layout per round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all layouts")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="directory; every model has one of its own")
     parser.add_argument("--trace", action="store_true", help="also write a Chrome trace of every layout (Perfetto)")

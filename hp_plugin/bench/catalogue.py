@@ -44,16 +44,26 @@ _SOURCE: Options = {
     "disable_bias_linear": True,
 }
 _SMALL: Options = _SOURCE | {
-    "hidden_size": 512,
-    "kv_channels": 32,
-    "ffn_hidden_size": 2048,
+    "hidden_size": 256,
+    "kv_channels": 16,
+    "ffn_hidden_size": 1024,
     "seq_length": 32,
     "fp16": False,
 }
-_EXPERTS: Options = {"num_experts": 8, "moe_router_topk": 1, "moe_router_pre_softmax": True}
-_SCALE = "width, head and MLP ÷ 16; batch 1024 ÷ 32; sequence of 32; fp32"
+_EXPERTS: Options = {
+    "num_experts": 8,
+    "moe_router_topk": 1,
+    "moe_router_pre_softmax": True,
+    "moe_expert_capacity_factor": 1.0,
+}
+_SCALE = "width, head and MLP ÷ 32; batch 1024 ÷ 32; sequence of 32; fp32"
 _ROTARY: Options = {"position_embedding_type": "rope", "normalization": "RMSNorm", "disable_bias_linear": True}
-_GATED: Options = _ROTARY | {"swiglu": True, "num_layers": 2, "seq_length": 64, "untie_embeddings_and_output_weights": True}
+_GATED: Options = _ROTARY | {
+    "swiglu": True,
+    "num_layers": 2,
+    "seq_length": 64,
+    "untie_embeddings_and_output_weights": True,
+}
 
 MODELS: dict[str, CatalogueModel] = {
     "paper-dense": CatalogueModel("the source's dense model, scaled down", _SMALL, 32, 16, _SCALE),

@@ -48,8 +48,13 @@ def share_of(entrant: Entrant, mode: str) -> Share:
 
 def closed_form_bytes(entrant: Entrant, mode: str) -> dict[tuple[str, str], float]:
     """Bytes that a rank sends in one step by (axis, kind), averaged over pipeline stages."""
+    return sent_bytes(share_of(entrant, mode), group_sizes(entrant))
+
+
+def group_sizes(entrant: Entrant) -> dict[str, int]:
+    """Ranks of a group, by axis; the group of tied embeddings has the first and the last stage."""
     layout = entrant.layout
-    sizes = {
+    return {
         "tp": layout.tp,
         "dim": layout.n,
         "pp": 2,
@@ -59,4 +64,3 @@ def closed_form_bytes(entrant: Entrant, mode: str) -> dict[tuple[str, str], floa
         "edp": max(1, layout.tp * layout.cp * layout.dp // layout.ep),
         "world": layout.world,
     }
-    return sent_bytes(share_of(entrant, mode), sizes)

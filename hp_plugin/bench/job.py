@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -99,10 +98,6 @@ def _trace(job: Job) -> None:
 @contextmanager
 def _default_group() -> Iterator[None]:
     """NCCL where there are GPUs, gloo on the CPU; the launcher has said where to meet."""
-    # What stock code has to say of every layer and build, where all layouts share it.
-    for logger in ("megatron", "DeepSpeed"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it says what it found
     prepare_device()
     cuda = torch.cuda.is_available()
     if cuda:

@@ -7,7 +7,17 @@ from typing import Any
 
 from hp_plugin.bench.layouts import FUNCTION_MARK
 
-HEAD = ("layout", "tokens/s (min-max)", "ratio", "TPOT ms", "ratio", "sent B/token", "closed form", "PP wait", "peak MiB")
+HEAD = (
+    "layout",
+    "tokens/s (min-max)",
+    "ratio",
+    "TPOT ms",
+    "ratio",
+    "sent B/token",
+    "closed form",
+    "PP wait",
+    "peak MiB",
+)
 
 
 def markdown(report: dict[str, Any]) -> str:

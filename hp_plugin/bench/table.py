@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from hp_plugin.bench.layouts import FUNCTION_MARK
 from hp_plugin.bench.markdown import HEAD, described, rows
 
@@ -18,6 +15,10 @@ _WIDTH = 150
 
 def show(report: dict[str, Any]) -> None:
     """Prints a table per mode, the source's reported ratios under it where the model is theirs."""
+    # Here, since importing rich draws random numbers.
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(f"\n[bold]{report['model']}[/bold]: {described(report)}", highlight=False)
     for mode, layouts in report["modes"].items():

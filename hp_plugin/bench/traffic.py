@@ -32,6 +32,10 @@ _METHODS = {
     "all_to_all_single": ("all_to_all", 1),
     "alltoall": ("all_to_all", 1),
     "broadcast": ("broadcast", 0),
+    # What torch's coalescing manager calls, which Megatron-Core reduces gradients under.
+    "allreduce_coalesced": ("all_reduce", 0),
+    "allgather_into_tensor_coalesced": ("all_gather", 0),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
     "send": ("send_recv", 0),
     "recv": ("receive", 0),
 }
@@ -57,6 +61,7 @@ _AXES = {
     "INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP": "edp",
     "MODEL_PARALLEL_GROUP": "world",
     "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "world",
+    "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": "world",
 }
 
 

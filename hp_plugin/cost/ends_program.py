@@ -25,7 +25,8 @@ def embedding(share: Share) -> Passes:
     spread: tuple[Collective, ...] = ()
     gather: tuple[Collective, ...] = ()
     if share.P > 1:
-        kind = "reduce_scatter" if share.sp else "all_reduce"
+        # Megatron-Core scatters the sum in one collective only where nothing is added to it in between.
+        kind = "reduce_scatter" if share.sp and not share.model.learned_positions else "all_reduce"
         spread = (Collective("embedding: sum", kind, "tp", share.hidden_bytes),)
         if share.sp:
             gather = (Collective("embedding: gather gradient", "all_gather", "tp", share.hidden_bytes),)

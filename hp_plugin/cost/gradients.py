@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hp_plugin.cost.program import Collective
 from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters
+from hp_plugin.cost.stages import RankParameters, Stage
 
 
 def bucket_parameters(replicas: int) -> int:
@@ -45,18 +46,24 @@ def chunk_sync(share: Share, parameters: RankParameters) -> Sync:
     return Sync(tuple(gradients), tuple(weights))
 
 
-def end_of_step(share: Share) -> tuple[Collective, ...]:
-    """What follows the last backward pass: tied embeddings, norms under sequence parallelism, the gradient norm."""
+def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]:
+    """What follows the last backward pass of a rank with these virtual stages.
+
+    Tied embeddings, norms (and routers of Megatron-Core's MoE) under sequence parallelism, the gradient norm.
+    """
     model, layout = share.model, share.layout
     if not share.workload.training:
         return ()
     said: list[Collective] = []
-    if model.tied and layout.pp > 1 and model.vocab:
+    ends = any(stage.first or stage.last for stage in chunks)
+    if model.tied and layout.pp > 1 and model.vocab and ends:
         size = model.vocab / layout.tp * model.D * share.workload.grad_itemsize
         said.append(Collective("sum tied embedding gradients", "all_reduce", "pp", size))
     if share.sp:
-        norms = 2 * model.norm_parameters * -(-model.layers // layout.pp)
-        said.append(Collective("sum norm gradients", "all_reduce", "tp", float(norms * share.workload.grad_itemsize)))
+        shared = sum(2 * stage.layers + stage.last for stage in chunks) * model.norm_parameters
+        if layout.moe == "megatron":
+            shared += sum(stage.moe for stage in chunks) * model.D * model.experts
+        said.append(Collective("sum norm gradients", "all_reduce", "tp", float(shared * share.workload.grad_itemsize)))
     if layout.world > 1:
         said.append(Collective("gradient norm", "all_reduce", "world", 8.0))
     return tuple(said)

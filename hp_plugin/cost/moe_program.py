@@ -27,7 +27,18 @@ def moe_forward(share: Share) -> Program:
     if share.layout.moe == "megatron":
         router = Gemm("router", max(1, share.tokens // share.P), model.experts, model.D)
         permute = Stream("permute tokens", 2 * routed)
-        return (norm, Block((router, permute)), *trade, experts, *back, Block((permute,)), residual)
+        ranks = share.layout.ep
+        counts = Collective("token counts", "all_gather", "ep", 8.0 * model.experts * ranks)
+        return (
+            norm,
+            Block((router, permute), (counts,)),
+            *trade,
+            *_trade("gates to experts", 4.0 * routed_tokens(share)),
+            experts,
+            *back,
+            Block((permute,)),
+            residual,
+        )
     # DeepSpeed routes all tokens on every rank of the TP group, keeps a P-th of every expert's slots, and gathers
     # the results again.
     gather = share.sp
@@ -59,7 +70,16 @@ def moe_backward(share: Share) -> Program:
     if share.layout.moe == "megatron":
         tokens = max(1, share.tokens // share.P)
         permute = Stream("permute gradients", 2 * routed)
-        return (residual, Block((permute,)), *trade, experts, *back, Block((permute, *_router(share, tokens))), norm)
+        return (
+            residual,
+            Block((permute,)),
+            *trade,
+            experts,
+            *back,
+            *_trade("gate gradients from experts", 4.0 * routed_tokens(share)),
+            Block((permute, *_router(share, tokens))),
+            norm,
+        )
     full = share.hidden_bytes * model.top_k
     return (
         residual,

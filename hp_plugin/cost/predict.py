@@ -141,7 +141,10 @@ class _Step:
         ends = gradient_ends(line, self.overlap)
         passes_end = line.seconds
         tail = max(ends) - passes_end
-        closing = {collective: self.pricer.collective(collective) for collective in end_of_step(share)}
+        closing = {
+            collective: self.pricer.collective(collective)
+            for collective in end_of_step(share, self.stages[pp - 1 :: pp])
+        }
         optimizer = [self._optimizer(rank) for rank in range(pp)]
         after = sum(closing.values()) + max(optimizer)
         longer = (repeated[0].seconds - line.seconds) * repeated[1] if repeated else 0.0

@@ -25,12 +25,13 @@ def step_collectives(share: Share) -> list[Counter[Collective]]:
     found: list[Counter[Collective]] = []
     for rank in range(layout.pp):
         total: Counter[Collective] = Counter()
-        for stage in stages[rank :: layout.pp]:
+        chunks = stages[rank :: layout.pp]
+        for stage in chunks:
             for collective in _passes(share, stage):
                 total[collective] += micro_batches
             sync = chunk_sync(share, stage_parameters(share.model, layout, stage))
             total.update((*sync.gradients, *sync.weights))
-        total.update(end_of_step(share))
+        total.update(end_of_step(share, chunks))
         found.append(total)
     return found
 

@@ -14,7 +14,7 @@ from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape
 from hp_plugin.cost.program import Collective, collectives, operations, received
 from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters
+from hp_plugin.cost.stages import RankParameters, build_stages
 from hp_plugin.cost.workload import Workload
 from hp_plugin.exchange_rules import RULES
 
@@ -164,10 +164,11 @@ MOE = ModelShape("moe", 2, 40, 12, 12, 20, 72, experts=8, top_k=2)
 def test_megatron_experts_by_hand() -> None:
     """tp 4, ep 4, 96 tokens: a rank routes 96·2/4 copies of 40 channels there and back."""
     mine = share("tp=4,ep=4,mbs=4,sp", MOE)
-    trades = [each for each in listed(layer(mine, moe=True).forward) if each[1] == "ep"]
-    assert trades == [("all_to_all", "ep", 48 * 40 * 2)] * 2
+    trade, gates = ("all_to_all", "ep", 48 * 40 * 2), ("all_to_all", "ep", 48 * 4)
+    forward = [each for each in listed(layer(mine, moe=True).forward) if each[1] == "ep"]
+    assert forward == [("all_gather", "ep", 4 * 8 * 8), trade, gates, trade]  # first, what each rank will send
     backward = [each for each in listed(layer(mine, moe=True).backward) if each[1] == "ep"]
-    assert backward == trades
+    assert backward == [trade, trade, gates]
 
 
 def test_deepspeed_experts_gather_what_tensor_ranks_split() -> None:
@@ -220,13 +221,26 @@ def test_expert_gradients_go_over_the_experts_replicas() -> None:
 def test_what_follows_the_last_backward_pass() -> None:
     tied = replace(ODD, tied=True)
     mine = share("tp=2,pp=3,mbs=1,sp", tied)
-    expected = [
-        Collective("sum tied embedding gradients", "all_reduce", "pp", 104 / 2 * 40 * 4),
-        Collective("sum norm gradients", "all_reduce", "tp", 2 * 80 * 1 * 4),
-        Collective("gradient norm", "all_reduce", "world", 8.0),
-    ]
-    assert list(end_of_step(mine)) == expected
-    assert end_of_step(share("tp=2,mbs=1", mode="forward")) == ()
+    norm = Collective("gradient norm", "all_reduce", "world", 8.0)
+    embeddings = Collective("sum tied embedding gradients", "all_reduce", "pp", 104 / 2 * 40 * 4)
+
+    def norms(count: int) -> Collective:
+        return Collective("sum norm gradients", "all_reduce", "tp", count * 80 * 4)
+
+    first, middle, last = build_stages(tied, mine.layout)
+    assert list(end_of_step(mine, [first])) == [embeddings, norms(2), norm]
+    assert list(end_of_step(mine, [middle])) == [norms(2), norm]
+    assert list(end_of_step(mine, [last])) == [embeddings, norms(3), norm]  # the final norm
+    assert end_of_step(share("tp=2,mbs=1", mode="forward"), [first]) == ()
+
+
+def test_routers_of_stock_experts_are_summed_with_the_norms() -> None:
+    for moe, routers in (("megatron", 1), ("deepspeed", 0)):
+        mine = share(f"tp=2,mbs=1,sp,ep=2,moe={moe}", MOE)
+        stages = build_stages(MOE, mine.layout)
+        (found,) = [each.bytes for each in end_of_step(mine, stages) if each.axis == "tp"]
+        norms = (2 * MOE.layers + 1) * MOE.norm_parameters
+        assert found == 4 * (norms + routers * MOE.moe_layers * MOE.D * MOE.experts)
 
 
 def test_fully_sharded_weights_travel_beside_each_pass() -> None:
