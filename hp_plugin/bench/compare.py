@@ -1,4 +1,4 @@
-"""From the options of `hp-plugin compare` to reports: everything is checked before a rank starts or a file is written."""
+"""From the options of `hp-plugin compare` to reports; all is checked before a rank starts or a file is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hp_plugin.bench.catalogue import CatalogueModel, load_model
 from hp_plugin.bench.figure import draw
 from hp_plugin.bench.job import Job
 from hp_plugin.bench.layouts import Entrant, NotPossibleError, enter, smallest_world
-from hp_plugin.bench.readme import check_page, put_into
+from hp_plugin.bench.readme import check_page, load_reports, put_into
 from hp_plugin.bench.start import RankFailedError, start
 from hp_plugin.bench.suites import MODES, SUITES, Comparison
 from hp_plugin.bench.table import show
@@ -37,14 +37,11 @@ def compare(args: argparse.Namespace) -> int:
     if args.into is not None:
         check_page(args.into)
     jobs = [_job(comparison, args) for comparison in _comparisons(args)]
-    reports = []
     for job, ranks in jobs:
-        report = _run(job, ranks)
-        if report is None:
+        if not _run(job, ranks):
             return 1
-        reports.append(report)
     if args.into is not None:
-        put_into(args.into, reports)
+        put_into(args.into, load_reports(args.out))
     return 0
 
 
@@ -85,8 +82,8 @@ def _enter(model: CatalogueModel, texts: list[str], ranks: int) -> tuple[list[En
     return entrants, impossible
 
 
-def _run(job: Job, ranks: int) -> dict[str, Any] | None:
-    """One comparison; its report, or None if a rank failed."""
+def _run(job: Job, ranks: int) -> bool:
+    """One comparison, from start to picture; False if a rank failed."""
     job.out.mkdir(parents=True, exist_ok=True)
     for name in _WRITTEN:
         (job.out / name).unlink(missing_ok=True)
@@ -96,22 +93,21 @@ def _run(job: Job, ranks: int) -> dict[str, Any] | None:
     except RankFailedError as failed:
         failure = str(failed)
     finally:
-        report = _finish(job)
-    if failure is None:
-        return report
-    kept = f"; partial results are in {job.out}" if report is not None else ""
-    print(f"hp-plugin compare: error: {failure}{kept}", file=sys.stderr)
-    return None
+        kept = _finish(job)
+    if failure is not None:
+        where = f"; partial results are in {job.out}" if kept else ""
+        print(f"hp-plugin compare: error: {failure}{where}", file=sys.stderr)
+    return failure is None
 
 
-def _finish(job: Job) -> dict[str, Any] | None:
-    """Shows and draws what there is, partial or not."""
+def _finish(job: Job) -> bool:
+    """Shows and draws what there is, partial or not; False if nothing was timed."""
     path = job.out / "report.json"
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     if not path.exists():
-        return None
+        return False
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     draw(report, job.out / "report.png")
     show(report)
-    return report
+    return True

@@ -44,7 +44,7 @@ def _bars(plot: Any, layouts: dict[str, Any], key: str, title: str) -> None:
     exact = [one["exact"] for one in layouts.values()]
     colors = [_BASELINE if at == 0 else _OTHER if exact[at] else _LITERAL for at in range(len(names))]
     bars = plot.bar(range(len(names)), medians, yerr=spread, color=colors, capsize=2)
-    ratios = [f"{value / medians[0]:.2f}×" if medians[0] else "-" for value in medians]  # noqa: RUF001
+    ratios = [f"{value / medians[0]:.2f}×" if medians[0] else "-" for value in medians]
     plot.bar_label(bars, ratios, fontsize=8, padding=2)
     marked = [name if is_exact else f"{name} {FUNCTION_MARK}" for name, is_exact in zip(names, exact, strict=True)]
     plot.set_xticks(range(len(names)), [name.replace(",", "\n") for name in marked], fontsize=6)
@@ -58,4 +58,4 @@ def _said(report: dict[str, Any], key: str) -> str:
         return ""
     base, grid = report["reported"].values()
     ratio = grid[key] / base[key]
-    return f" (source experiments report {ratio:.2f}× for the grid on 16 H100)"  # noqa: RUF001
+    return f" (source experiments report {ratio:.2f}× for the grid on 16 H100)"

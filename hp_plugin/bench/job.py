@@ -55,7 +55,7 @@ def run_rank(job: Job) -> None:
     """
     with _default_group():
         results = Results(job)
-        _gate(job, results)
+        pass_gate(job, results)
         for number in range(job.rounds):
             for entrant in job.entrants:
                 _say(f"round {number + 1} of {job.rounds}: {entrant.name}")
@@ -69,7 +69,12 @@ def run_rank(job: Job) -> None:
                 write_report(results, complete=True)
 
 
-def _gate(job: Job, results: Results) -> None:
+def pass_gate(job: Job, results: Results) -> None:
+    """Measures every layout's losses, and refuses those that differ; to be called on all ranks.
+
+    Raises:
+        LossMismatchError: two layouts, or a literal one and its twin, compute different losses.
+    """
     training = "train" in job.modes
     first = job.entrants[0]
     # A literal (`local`) first layout has no exact one to be held to but its twin.

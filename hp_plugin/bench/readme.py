@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from hp_plugin.bench.catalogue import MODELS
 from hp_plugin.bench.layouts import FUNCTION_MARK
 from hp_plugin.bench.markdown import HEAD, described, rows
 
@@ -22,6 +24,14 @@ def check_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     if not -1 < text.find(BEGIN) < text.find(END):
         raise ValueError(f"--into {page}: needs a line {BEGIN} and, below it, a line {END}")
+
+
+def load_reports(folder: Path) -> list[dict[str, Any]]:
+    """The complete reports of all models compared under one `--out`, in the catalogue's order."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/report.json"))]
+    order = list(MODELS)
+    complete = [report for report in found if report["complete"]]
+    return sorted(complete, key=lambda report: order.index(report["model"]) if report["model"] in order else len(order))
 
 
 def put_into(page: Path, reports: list[dict[str, Any]]) -> None:
@@ -45,10 +55,11 @@ def tables(reports: list[dict[str, Any]]) -> str:
             lines += [f"| {name} | stock: not possible | | | |" for name in report["not_possible"]]
         if report["reported"] is not None:
             base, grid = report["reported"].values()
+            rate, tpot = grid["tokens_per_s"] / base["tokens_per_s"], grid["tpot_ms"] / base["tpot_ms"]
             lines += [
                 "",
-                f"The source experiments report {grid['tokens_per_s'] / base['tokens_per_s']:.3f} times the tokens/s and "
-                f"{grid['tpot_ms'] / base['tpot_ms']:.3f} times the TPOT of TP=8·PP=2 for their grid on 16 H100.",
+                f"The source experiments report {rate:.3f} times the tokens/s and {tpot:.3f} times the TPOT of "
+                "TP=8·PP=2 for their grid on 16 H100.",
             ]
     if any(not one["exact"] for report in reports for layouts in report["modes"].values() for one in layouts.values()):
         lines += ["", f"{FUNCTION_MARK}: another function than the model's attention."]

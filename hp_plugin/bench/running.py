@@ -46,7 +46,7 @@ def _drop_graphs(trainer: Trainer) -> None:
 
 
 def _end_groups() -> None:
-    """Megatron-Core forgets its groups without ending them; gloo's have threads that would slow down all that follow."""
+    """Megatron-Core forgets its groups without ending them; gloo's have threads, which would slow down what follows."""
     for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
         dist.destroy_process_group(group)
 

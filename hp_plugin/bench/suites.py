@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 MODES = {"forward": ("forward",), "train": ("train",), "both": ("forward", "train")}
 """What is timed, by the word of `--mode`."""
 

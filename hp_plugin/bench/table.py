@@ -8,7 +8,6 @@ from typing import Any
 from hp_plugin.bench.layouts import FUNCTION_MARK
 from hp_plugin.bench.markdown import HEAD, described, rows
 
-
 _WIDTH = 150
 """Columns of a log, which has no width of its own."""
 

@@ -35,6 +35,8 @@ _METHODS = {
     # What torch's coalescing manager calls, which Megatron-Core reduces gradients under.
     "allreduce_coalesced": ("all_reduce", 0),
     "allgather_into_tensor_coalesced": ("all_gather", 0),
+    "all_gather_single_coalesced": ("all_gather", 0),
+    "reduce_scatter_single_coalesced": ("reduce_scatter", 1),
     "reduce_scatter_tensor_coalesced": ("reduce_scatter", 1),
     "send": ("send_recv", 0),
     "recv": ("receive", 0),
@@ -119,7 +121,12 @@ def counted() -> Iterator[Traffic]:
             work = original(group, *arguments, **options)
             add(key, began)
             size = _bytes(arguments[position]) if len(arguments) > position else 0
-            traffic.calls.append(Call(kind, key[0], _sent(kind, size, group.size())))
+            sent = _sent(kind, size, group.size())
+            parts = list(arguments[3]) if kind == "all_to_all" and len(arguments) > 3 else []
+            if parts:
+                # Of different sizes, each rank's own among them: what stays here is not sent.
+                sent = size * (1 - float(parts[group.rank()]) / sum(parts)) if sum(parts) else 0.0
+            traffic.calls.append(Call(kind, key[0], sent))
             pending[id(work)] = key
             return work
 

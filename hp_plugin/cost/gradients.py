@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hp_plugin.cost.program import Collective
 from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters, Stage
+from hp_plugin.cost.stages import RankParameters, Stage, row_biases
 
 
 def bucket_parameters(replicas: int) -> int:
@@ -49,7 +49,8 @@ def chunk_sync(share: Share, parameters: RankParameters) -> Sync:
 def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]:
     """What follows the last backward pass of a rank with these virtual stages.
 
-    Tied embeddings, norms (and routers of Megatron-Core's MoE) under sequence parallelism, the gradient norm.
+    Tied embeddings; under sequence parallelism norms, biases after row-parallel layers, and routers of Megatron-Core's
+    MoE; the gradient norm.
     """
     model, layout = share.model, share.layout
     if not share.workload.training:
@@ -61,6 +62,7 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
         said.append(Collective("sum tied embedding gradients", "all_reduce", "pp", size))
     if share.sp:
         shared = sum(2 * stage.layers + stage.last for stage in chunks) * model.norm_parameters
+        shared += sum(row_biases(model, stage) for stage in chunks)
         if layout.moe == "megatron":
             shared += sum(stage.moe for stage in chunks) * model.D * model.experts
         said.append(Collective("sum norm gradients", "all_reduce", "tp", float(shared * share.workload.grad_itemsize)))

@@ -60,10 +60,14 @@ class RankParameters:
 
 
 def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankParameters:
-    """Parameters of one virtual stage on one rank; norms, routers and position tables are not sharded."""
+    """Parameters of one virtual stage on one rank.
+
+    Norms, biases after row-parallel layers, routers and position tables are not sharded.
+    """
     tp = layout.tp
-    replicated = 2 * model.norm_parameters * stage.layers + stage.moe * model.D * model.experts
-    sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters
+    biases = row_biases(model, stage)
+    replicated = 2 * model.norm_parameters * stage.layers + stage.moe * model.D * model.experts + biases
+    sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters - biases
     experts = stage.moe * model.experts // layout.ep * model.mlp_parameters
     if stage.first:
         sharded += model.vocab * model.D
@@ -73,3 +77,8 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankPar
         if not model.tied or (layout.stages > 1 and not stage.first):
             sharded += model.vocab * model.D
     return RankParameters(sharded / tp + replicated, float(experts))
+
+
+def row_biases(model: ModelShape, stage: Stage) -> int:
+    """Biases after the row-parallel layers (the projection and, in dense MLPs, the second linear) of a stage."""
+    return model.D * (2 * stage.dense + stage.moe) if model.biases else 0

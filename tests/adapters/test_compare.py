@@ -1,52 +1,235 @@
-"""`hp-plugin compare`: what is refused, and one whole run with its counted bytes against the closed form."""
+"""`hp-plugin compare`: what is refused, whole runs with counted bytes against the closed form, and failed ones."""
+
+from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+from torch import Tensor
 
-from hp_plugin.bench.ranks import require_equal_losses
+from hp_plugin.bench.catalogue import load_model
+from hp_plugin.bench.gate import LossMismatchError, require_equal_losses
+from hp_plugin.bench.job import Job, pass_gate
+from hp_plugin.bench.layouts import enter
+from hp_plugin.bench.report import Results
 from hp_plugin.cli import main
+from hp_plugin.exchange.batch import BatchExchange
+from tests.ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--model", "tiny-gqa", "--steps", "1", "--rounds", "1"]
 
 
-def test_a_layout_with_another_loss_is_not_timed():
-    require_equal_losses({"tp=2": [5.0, 4.0], "grid=1x2": [5.00001, 4.0]})
-    with pytest.raises(ValueError, match=r"nothing was timed: grid=1x2 has loss \[5.0, 4.01\] where tp=2"):
-        require_equal_losses({"tp=2": [5.0, 4.0], "grid=1x2": [5.0, 4.01]})
-    with pytest.raises(ValueError, match="nothing was timed"):
-        require_equal_losses({"tp=2": [5.0], "grid=1x2": [float("nan")]})
+def run(tmp_path: Path, *options: str) -> dict[str, Any]:
+    assert main(["compare", *options, "--out", str(tmp_path)]) == 0
+    (report,) = tmp_path.glob("*/report.json")
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def test_a_layout_with_another_loss_is_not_timed() -> None:
+    require_equal_losses("grid=1x2", [5.00001, 4.0], "tp=2", [5.0, 4.0], 1e-4)
+    with pytest.raises(LossMismatchError, match=r"nothing was timed: grid=1x2 has loss \[5.0, 4.01\] where tp=2"):
+        require_equal_losses("grid=1x2", [5.0, 4.01], "tp=2", [5.0, 4.0], 1e-4)
+    with pytest.raises(LossMismatchError, match="nothing was timed"):
+        require_equal_losses("grid=1x2", [float("nan")], "tp=2", [5.0], 1e-4)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--layouts", "tp=3"], "takes a multiple of tp·pp·cp = 3 GPUs, and 4 is none"),
+        (["--layouts", "tp=3", "--ranks", "4"], "takes a multiple of tp·pp·cp = 3 GPUs, and 4 is none"),
         (["--layouts", "grid=4x1"], "m could be 1, 2"),
         (["--layouts", "tp=4", "tp=4"], "one is given twice"),
-        (["--layouts", "tp=4", "--model", "huge"], "choose from tiny"),
-        (["--layouts", "grid=2x2,exchange=local"], "another function"),
+        (["--layouts", "tp=4", "--model", "tiny-gpa"], "did you mean tiny-gqa?"),
         (["--layouts", "tp=4", "--rounds", "0"], "--rounds must be positive, got 0"),
+        (["--layouts", "tp=4,ep=2"], "ep and moe need a model with num_experts"),
+        (["--layouts", "tp=4,tp_overlap,sp"], "compare runs no tp_overlap"),
+        (["--layouts", "tp=4,cpp=2"], "unknown key 'cpp'"),
+        (["--layouts", "tp=16"], "no layout can run: tp=16: "),  # in stock's own words: 8 heads over 16 ranks
+        (["--layouts", "tp=4", "--into", "nowhere.md"], "--into nowhere.md: no such file"),
+        ([], "--model needs --layouts"),
     ],
 )
-def test_bad_input_is_refused_before_ranks_start(options, said, tmp_path, capsys):
-    arguments = ["compare", "--ranks", "4", "--model", "tiny-gqa", "--out", str(tmp_path / "out"), *options]
-    assert main(arguments) == 2
+def test_bad_input_is_refused_before_ranks_start(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--model" in options else ["--model", "tiny-gqa"]
+    assert main(["compare", *model, "--out", str(tmp_path / "out"), *options]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_stock_and_grid_side_by_side(tmp_path: Path, capsys):
-    layouts = ["tp=2,mbs=2", "grid=1x2,mbs=2"]
-    options = ["--ranks", "2", "--model", "tiny-gqa", "--steps", "1", "--rounds", "1", "--global-batch", "2"]
-    assert main(["compare", *options, "--out", str(tmp_path), "--layouts", *layouts]) == 0
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert report["complete"] and list(report["layouts"]) == layouts
-    stock, grid = report["layouts"].values()
-    assert stock["losses"] == pytest.approx(grid["losses"], rel=1e-4)
-    # Both all-to-alls of forward and of backward, and nothing else, pass over the dim group.
-    assert grid["sent_bytes_per_token"]["dim/all_to_all"] == grid["dim_bytes_per_token_closed_form"] > 0
-    assert not any(key.startswith("dim/") for key in stock["sent_bytes_per_token"])
-    assert grid["tpot_ms"]["median"] > 0 and len(grid["samples"]) == 1
-    shown = capsys.readouterr().out
-    assert shown == (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert all(f"| {name} |" in shown for name in layouts)
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ('{"num_layers": 2', "is not JSON"),
+        ("[]", "must hold one object"),
+        ('{"num_layers": 2, "hiden_size": 8}', "unknown key 'hiden_size'; did you mean hidden_size?"),
+        ('{"num_layers": 2, "sequence_parallel": true}', "is the layout's to say"),
+        ('{"num_layers": 2}', "missing hidden_size"),
+    ],
+)
+def test_a_model_file_that_is_none(model: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.json").write_text(model)
+    assert main(["compare", "--model", str(tmp_path / "model.json"), "--layouts", "tp=1"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_stock_and_grid_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- compare: begin -->\nold\n<!-- compare: end -->\nbelow\n")
+    layouts = ["tp=2,mbs=2", "grid=1x2,mbs=2", "grid=1x2,exchange=local"]
+    model = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 2, "seq_length": 16}
+    (tmp_path / "odd.json").write_text(json.dumps(model | {"global_batch_size": 4}))
+    options = ["--model", str(tmp_path / "odd.json"), "--mode", "both", "--steps", "2", "--rounds", "1", "--trace"]
+    report = run(tmp_path, *options, "--into", str(page), "--layouts", *layouts)
+    assert report["schema"] == 2 and report["complete"] and report["model"] == "odd"
+    assert report["machine"]["ranks"] == 2 and report["versions"]["megatron-core"]
+    for mode in ("forward", "train"):
+        assert list(report["modes"][mode]) == layouts
+        stock, grid, local = report["modes"][mode].values()
+        assert stock["losses"] == pytest.approx(grid["losses"], rel=1e-4)
+        assert local["losses"] == pytest.approx(local["twin_losses"], rel=1e-4) and not local["exact"]
+        # One sequence per micro-batch: whole heads cannot be traded, and `auto` takes another exchange than `batch`.
+        for one in (stock, grid, local):
+            assert len(one["samples"]) == 2 and one["peak_bytes"] > 1e7
+            assert one["tpot_ms"]["min"] <= one["tpot_ms"]["median"] <= one["tpot_ms"]["max"]
+            assert one["tpot_ms"]["median"] == pytest.approx(
+                sum(1e3 * sum(sample["comm_s"].values()) / 16 for sample in one["samples"]) / 2
+            )
+            by_layout = {key: size for key, size in one["sent_bytes_per_token"].items() if key[:5] != "world"}
+            formula = {key: size for key, size in one["closed_form_bytes_per_token"].items() if key[:5] != "world"}
+            assert by_layout == pytest.approx(formula)
+        assert grid["sent_bytes_per_token"]["dim/all_to_all"] > 0
+        assert not any(key.startswith("dim/") for key in stock["sent_bytes_per_token"])
+    written = {path.name for path in (tmp_path / "odd").iterdir()}
+    traces = {f"trace-{name}-{mode}.json" for name in ("tp-2-mbs-2", "grid-1x2-mbs-2", "grid-1x2-exchange-local")
+              for mode in ("forward", "train")}  # fmt: skip
+    assert written == {"report.json", "report.md", "report.png"} | traces
+    assert (tmp_path / "odd" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    events = json.loads((tmp_path / "odd" / "trace-grid-1x2-mbs-2-train.json").read_text())["traceEvents"]
+    assert any("all_to_all" in event.get("name", "") for event in events)
+    shown = capfd.readouterr().out
+    table = (tmp_path / "odd" / "report.md").read_text(encoding="utf-8")
+    assert all(f"| {name}" in table and name in shown for name in layouts) and "another function" in table
+    assert page.read_text().startswith("above\n") and page.read_text().endswith("\nbelow\n")
+    assert "| grid=1x2,exchange=local ≠ |" in page.read_text() and "old" not in page.read_text()
+
+
+def test_experts_of_both_backends_and_what_stock_cannot_do(tmp_path: Path) -> None:
+    model = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 16, "num_experts": 4}
+    model |= {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_expert_capacity_factor": 1.0}
+    (tmp_path / "experts.json").write_text(json.dumps(model | {"disable_bias_linear": True, "global_batch_size": 8}))
+    layouts = ["tp=2,dp=2,sp,ep=2", "grid=2x2,sp,ep=4,mbs=2", "grid=2x2,ep=4,moe=deepspeed,mbs=2", "tp=4,sp,ep=4"]
+    options = ["--model", str(tmp_path / "experts.json"), "--steps", "1", "--rounds", "1"]
+    report = run(tmp_path, *options, "--layouts", *layouts)
+    assert list(report["modes"]["train"]) == layouts[:3]
+    assert "num_attention_heads (2) must be a multiple" in report["not_possible"]["tp=4,sp,ep=4"]
+    first, *others = report["modes"]["train"].values()
+    for one in others:
+        assert one["losses"] == pytest.approx(first["losses"], rel=1e-4)
+        assert one["sent_bytes_per_token"]["ep/all_to_all"] > 0
+
+
+def start(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "hp_plugin.cli", "compare", *options, "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stderr is not None
+    said = ""
+    while words not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    return said
+
+
+def test_a_rank_that_dies_leaves_a_partial_report(tmp_path: Path) -> None:
+    process = start(tmp_path, *QUICK[:-1], "1000", "--layouts", "tp=2", "grid=2x1")
+    ranks: list[psutil.Process] = []
+    try:
+        wait_for(process, "round 2 of 1000")
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in ranks if "spawn_main" in " ".join(child.cmdline())]
+        workers[-1].send_signal(signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "was ended by SIGKILL" in err and f"partial results are in {tmp_path}/tiny-gqa" in err
+    assert "Traceback" not in err and "partial: the run did not end" in out
+    assert not json.loads((tmp_path / "tiny-gqa" / "report.json").read_text())["complete"]
+    assert not [child for child in ranks if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_interrupted_comparison_leaves_no_process(tmp_path: Path) -> None:
+    process = start(tmp_path, *QUICK[:-1], "1000", "--layouts", "tp=2", "grid=2x1")
+    try:
+        wait_for(process, "round 1 of 1000")
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+        deadline = time.monotonic() + 60
+        while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks):
+            assert time.monotonic() < deadline, ranks
+            time.sleep(0.2)
+    finally:
+        process.kill()
+    assert ranks
+
+
+def gate_with_wrong_output(job: Job) -> str:
+    """The gate on ranks whose grid hands every token the attention output of its neighbour."""
+    right = BatchExchange.to_slices
+    BatchExchange.to_slices = lambda self, context: right(self, context).roll(1, 0)
+    try:
+        return refusal(job)
+    finally:
+        BatchExchange.to_slices = right
+
+
+def gate_with_wrong_gradient(job: Job) -> str:
+    """The gate on ranks whose grid is right in forward and doubles a gradient in backward."""
+    right = BatchExchange.to_heads
+
+    def doubling(self: BatchExchange, mixed: Tensor) -> Tensor:
+        found = right(self, mixed)
+        if found.requires_grad:
+            found.register_hook(lambda gradient: 2 * gradient)
+        return found
+
+    BatchExchange.to_heads = doubling
+    try:
+        return refusal(job)
+    finally:
+        BatchExchange.to_heads = right
+
+
+def refusal(job: Job) -> str:
+    try:
+        pass_gate(job, Results(job))
+    except LossMismatchError as mismatch:
+        return str(mismatch)
+    return "passed"
+
+
+@pytest.mark.parametrize("wrong", [gate_with_wrong_output, gate_with_wrong_gradient])
+def test_a_deliberately_wrong_layout_is_refused(ranks: Ranks, wrong: Callable[[Job], str]) -> None:
+    model = load_model("tiny-gqa")
+    job = Job("tiny-gqa", "", tuple(enter(model, text, 2) for text in ("tp=2", "grid=1x2,exchange=batch")))
+    for said in ranks.run(2, wrong, job):
+        assert said.startswith("nothing was timed: grid=1x2,exchange=batch has loss") and "where tp=2 has" in said
+    assert ranks.run(2, refusal, job) == ["passed"] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from megatron.core import parallel_state
@@ -15,6 +16,11 @@ from hp_plugin.bench.timing import run_step
 from hp_plugin.bench.traffic import counted
 from hp_plugin.cost.step_program import step_collectives
 from tests.ranks import Ranks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*local is another function:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*sequence.parallel:UserWarning"),
+]
 
 Calls = Counter[tuple[str, str, float]]
 """(axis, kind, bytes sent) and how often."""
@@ -90,6 +96,26 @@ def record(model: CatalogueModel, text: str, mode: str) -> tuple[Calls, Calls]:
 def test_a_step_has_the_predicted_collectives(ranks: Ranks, ranks_: int, model: str, layout: str, mode: str) -> None:
     for called, predicted in ranks.run(ranks_, record, MODELS[model], layout, mode):
         # The optimizer's and the trainer's own flags and norms: bytes that no layout changes.
-        small = {key for key in called if key[0] in ("world", "dp") and key[1] == "all_reduce" and key[2] <= 32}
-        predicted = Counter({key: count for key, count in predicted.items() if key[0] != "world"})
-        assert called - Counter({key: called[key] for key in small}) == predicted
+        called = {key: n for key, n in called.items() if key[0] not in ("world", "dp") or key[2] > 32}
+        predicted = {key: n for key, n in predicted.items() if key[0] != "world"}
+        varying = VARYING | ({("ep", "all_to_all")} if "experts" in model and "deepspeed" not in layout else set())
+        assert of(called, varying, False) == of(predicted, varying, False)
+        for axis, kind in varying:
+            (found, sent), (expected, size) = total(called, axis, kind), total(predicted, axis, kind)
+            assert found == expected
+            if axis == "dp":
+                assert size <= sent < 1.02 * size or found == 0
+
+
+# Megatron-Core pads flat buffers of the distributed optimizer; its own experts get as many tokens as choose them.
+VARYING = {("dp", "reduce_scatter"), ("dp", "all_gather")}
+
+
+def of(calls: dict[tuple[str, str, float], int], kinds: set[tuple[str, str]], wanted: bool) -> dict[Any, int]:
+    return {key: count for key, count in calls.items() if (key[:2] in kinds) == wanted}
+
+
+def total(calls: dict[tuple[str, str, float], int], axis: str, kind: str) -> tuple[int, float]:
+    """Number and bytes of the calls of one kind."""
+    found = of(calls, {(axis, kind)}, True)
+    return sum(found.values()), sum(key[2] * count for key, count in found.items())
