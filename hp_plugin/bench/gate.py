@@ -25,9 +25,8 @@ class LossMismatchError(ValueError):
 def measure_losses(entrant: Entrant, training: bool) -> list[float]:
     """The loss of the first batch; in training also the one after a step, which a wrong gradient would change.
 
-    No expert drops a token here, whatever capacity is timed: what is dropped depends on the layout.
     """
-    with built(replace(entrant.config, moe_expert_capacity_factor=None)) as trainer:
+    with built(_sensitive(entrant.config)) as trainer:
         return _losses(trainer, training)
 
 
@@ -36,7 +35,7 @@ def measure_twin_losses(entrant: Entrant, training: bool) -> list[float]:
 
     Rank for rank both hold the same blocks of the weights, so those of the grid are copied.
     """
-    config = replace(entrant.config, moe_expert_capacity_factor=None)
+    config = _sensitive(entrant.config)
     grid = config.head_dim
     assert grid is not None, "only a grid has slices"
     with built(config) as trainer:
@@ -60,6 +59,16 @@ def measure_twin_losses(entrant: Entrant, training: bool) -> list[float]:
                     value.copy_(known[name])
         trainer.optimizer.reload_model_params()
         return _losses(trainer, training)
+
+
+def _sensitive(config: TrainingConfig) -> TrainingConfig:
+    """The timed model with weights so large that attention moves the loss, and with no token dropped.
+
+    Initial weights are small enough for a model without any attention to have nearly the same loss; and which tokens an
+    expert drops depends on the layout.
+    """
+    spread = max(config.init_method_std, config.hidden_size**-0.5)
+    return replace(config, init_method_std=spread, moe_expert_capacity_factor=None)
 
 
 def require_equal_losses(
