@@ -23,9 +23,7 @@ class LossMismatchError(ValueError):
 
 
 def measure_losses(entrant: Entrant, training: bool) -> list[float]:
-    """The loss of the first batch; in training also the one after a step, which a wrong gradient would change.
-
-    """
+    """The loss of the first batch; in training also the one after a step, which a wrong gradient would change."""
     with built(_sensitive(entrant.config)) as trainer:
         return _losses(trainer, training)
 

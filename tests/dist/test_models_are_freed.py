@@ -1,0 +1,48 @@
+"""A comparison builds one model after the other in the same processes: each must be gone before the next."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch.distributed as dist
+
+from hp_plugin.bench.catalogue import CatalogueModel
+from hp_plugin.bench.layouts import enter
+from hp_plugin.bench.running import built
+from hp_plugin.bench.timing import run_step
+from tests.ranks import Ranks
+
+EXPERTS = CatalogueModel(
+    "",
+    {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 8, "num_experts": 2}
+    | {"moe_router_topk": 1, "moe_router_pre_softmax": True, "disable_bias_linear": True},
+    4,
+    2,
+)
+
+
+def train_and_leave(text: str) -> weakref.ref[object]:
+    with built(enter(EXPERTS, text, dist.get_world_size()).config) as trainer:
+        run_step(trainer, "train")
+        return weakref.ref(trainer.model[0].module)
+
+
+def left_behind(texts: list[str]) -> list[tuple[str, int]]:
+    """Layouts whose model is still there after its block, and groups that are."""
+    found = []
+    for text in texts:
+        model = train_and_leave(text)
+        gc.collect()
+        groups = len(dist.distributed_c10d._world.pg_map)
+        if model() is not None or groups > 1:
+            found.append((text, groups))
+    return found
+
+
+# Both keep tensors of their last pass, and a graph that leads to the model itself.
+@pytest.mark.filterwarnings("ignore:.*sequence.parallel:UserWarning")
+def test_experts_do_not_hold_their_model(ranks: Ranks) -> None:
+    layouts = ["tp=2,sp,ep=2", "grid=1x2,ep=2,moe=deepspeed", "tp=1,dp=2,ep=2,moe=deepspeed"]
+    assert ranks.run(2, left_behind, layouts) == [[]] * 2
