@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.bench.catalogue import CatalogueModel, load_model
+from hp_plugin.bench.catalogue import MODELS, CatalogueModel, load_model
 from hp_plugin.bench.figure import draw
 from hp_plugin.bench.job import Job
 from hp_plugin.bench.layouts import Entrant, NotPossibleError, enter, smallest_world
@@ -64,7 +64,7 @@ def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
         raise ValueError("--layouts: one is given twice")
     ranks = args.ranks or smallest_world(texts)
     entrants, impossible = _enter(model, texts, ranks)
-    name = Path(comparison.model).stem
+    name = comparison.model if comparison.model in MODELS else Path(comparison.model).stem
     job = Job(name, model.scale, tuple(entrants), impossible, comparison.modes, args.steps, args.rounds)
     return replace(job, out=args.out / name, trace=args.trace), ranks
 

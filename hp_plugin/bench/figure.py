@@ -47,7 +47,9 @@ def _bars(plot: Any, layouts: dict[str, Any], key: str, title: str) -> None:
     ratios = [f"{value / medians[0]:.2f}×" if medians[0] else "-" for value in medians]
     plot.bar_label(bars, ratios, fontsize=8, padding=2)
     marked = [name if is_exact else f"{name} {FUNCTION_MARK}" for name, is_exact in zip(names, exact, strict=True)]
-    plot.set_xticks(range(len(names)), [name.replace("exchange=", "").replace(",", "\n") for name in marked], fontsize=6)
+    plot.set_xticks(
+        range(len(names)), [name.replace("exchange=", "").replace(",", "\n") for name in marked], fontsize=6
+    )
     plot.set_title(title, fontsize=9)
     plot.margins(y=0.15)
 
