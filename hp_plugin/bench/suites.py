@@ -35,7 +35,6 @@ _PAPER_MOE = Comparison(
         "tp=8,pp=2,ep=8,moe=deepspeed",
         "tp=16,sp,ep=8",
         *(f"grid={grid},exchange=batch,ep=8,moe=deepspeed" for grid in _GRIDS),
-        "grid=4x4,exchange=batch,sp,ep=8",
         *(f"grid=4x4,exchange={exchange},ep=8,moe=deepspeed" for exchange in ("sequence", "scores", "local")),
     ),
 )
