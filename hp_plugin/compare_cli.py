@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all layouts")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="directory; every model has one of its own")
     parser.add_argument("--trace", action="store_true", help="also write a Chrome trace of every layout (Perfetto)")
+    parser.add_argument(
+        "--predict", action="store_true", help="also measure the machine and put the planner's predictions beside (CPU)"
+    )
     parser.add_argument("--into", type=Path, help="also put the tables into this Markdown file, between its markers")
 
 

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hp_plugin.bench.catalogue import MODELS, CatalogueModel, load_model
 from hp_plugin.bench.figure import draw
 from hp_plugin.bench.job import Job
@@ -19,7 +21,7 @@ from hp_plugin.bench.start import RankFailedError, start
 from hp_plugin.bench.suites import MODES, SUITES, Comparison
 from hp_plugin.bench.table import show
 
-_WRITTEN = ("report.json", "report.md", "report.png")
+_WRITTEN = ("report.json", "report.md", "report.png", "machine.json")
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -36,6 +38,11 @@ def compare(args: argparse.Namespace) -> int:
         raise ValueError("compare draws with matplotlib, which is not installed: pip install 'hp-plugin[plot]'")
     if args.into is not None:
         check_page(args.into)
+    if args.predict and torch.cuda.is_available():
+        raise ValueError(
+            "--predict describes machines without GPUs; on GPUs, give `hp-plugin plan` your nccl-tests output and GEMM "
+            "table (docs/planner.md)"
+        )
     jobs = [_job(comparison, args) for comparison in _comparisons(args)]
     for job, ranks in jobs:
         if not _run(job, ranks):
@@ -66,7 +73,7 @@ def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
     entrants, impossible = _enter(model, texts, ranks)
     name = comparison.model if comparison.model in MODELS else Path(comparison.model).stem
     job = Job(name, model.scale, tuple(entrants), impossible, comparison.modes, args.steps, args.rounds)
-    return replace(job, out=args.out / name, trace=args.trace), ranks
+    return replace(job, out=args.out / name, trace=args.trace, predict=args.predict), ranks
 
 
 def _enter(model: CatalogueModel, texts: list[str], ranks: int) -> tuple[list[Entrant], dict[str, str]]:

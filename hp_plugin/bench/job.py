@@ -14,9 +14,12 @@ import torch.distributed as dist
 
 from hp_plugin.bench.gate import measure_losses, measure_twin_losses, require_equal_losses, tolerance
 from hp_plugin.bench.layouts import Entrant
+from hp_plugin.bench.machine import describe_machine, write_machine
 from hp_plugin.bench.report import Results, write_report
 from hp_plugin.bench.timing import timed, traced
+from hp_plugin.cost.hardware import load_hardware
 from hp_plugin.training.distributed import prepare_device
+from hp_plugin.training.transformer import params_dtype
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Job:
         modes: `forward`, `train`, or both.
         steps: timed steps of a layout per round and mode. rounds: rounds over all layouts.
         out: directory of the report. trace: whether to write a profiler trace of every layout.
+        predict: whether to measure the machine, too, and to put the planner's predictions beside every layout.
     """
 
     model: str
@@ -40,6 +44,12 @@ class Job:
     rounds: int = 3
     out: Path = Path("compare")
     trace: bool = False
+    predict: bool = False
+
+    @property
+    def machine_path(self) -> Path:
+        """Where the description of the machine goes."""
+        return self.out / "machine.json"
 
     def trace_path(self, number: int, mode: str) -> Path:
         """Where the trace of layout number `number` goes."""
@@ -56,6 +66,12 @@ def run_rank(job: Job) -> None:
     with _default_group():
         results = Results(job)
         pass_gate(job, results)
+        if job.predict:
+            _say("rates of this machine")
+            machine = describe_machine(params_dtype(job.entrants[0].config))
+            if dist.get_rank() == 0:
+                write_machine(machine, job.machine_path)
+                results.hardware = load_hardware(str(job.machine_path))
         for number in range(job.rounds):
             for entrant in job.entrants:
                 _say(f"round {number + 1} of {job.rounds}: {entrant.name}")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from hp_plugin.bench.layouts import FUNCTION_MARK
+from hp_plugin.bench.predicted import HEAD as PREDICTED_HEAD
+from hp_plugin.bench.predicted import has_predictions, prediction_rows, winners
 
 HEAD = (
     "layout",
@@ -34,6 +36,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", *(f"{name}: {words}" for name, words in refused.items())]
         lines += [f"{FUNCTION_MARK}: another function than the model's attention"] if _marked(layouts) else []
         lines.append("")
+        if has_predictions(layouts):
+            lines += [*_predictions(layouts), ""]
         lines += [*_by_group(layouts), ""]
     return "\n".join([*lines, *_source(report)]).rstrip()
 
@@ -77,6 +81,18 @@ def rows(layouts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _marked(layouts: dict[str, Any]) -> bool:
     return any(not one["exact"] for one in layouts.values())
+
+
+def _predictions(layouts: dict[str, Any]) -> Iterator[str]:
+    """What `hp-plugin plan` says of the same layouts with this machine described as hardware."""
+    yield "Predicted from rates of this machine alone (`machine.json`):"
+    yield ""
+    yield f"| {' | '.join(PREDICTED_HEAD)} |"
+    yield "|---" * len(PREDICTED_HEAD) + "|"
+    for cells in prediction_rows(layouts):
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield winners(layouts)
 
 
 def _by_group(layouts: dict[str, Any]) -> Iterator[str]:

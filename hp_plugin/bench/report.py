@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 from collections.abc import Callable
@@ -17,7 +16,9 @@ from hp_plugin import __version__
 from hp_plugin.bench.closed_form import closed_form_bytes
 from hp_plugin.bench.layouts import Entrant
 from hp_plugin.bench.markdown import markdown
-from hp_plugin.cost.hardware import package_json
+from hp_plugin.bench.predicted import predicted
+from hp_plugin.bench.together import cpu_cores
+from hp_plugin.cost.hardware import Hardware, package_json
 
 if TYPE_CHECKING:
     from hp_plugin.bench.job import Job
@@ -36,6 +37,7 @@ class Results:
         self.job = job
         self.losses: dict[str, list[float]] = {}
         self.twin_losses: dict[str, list[float]] = {}
+        self.hardware: Hardware | None = None
         names = [entrant.name for entrant in job.entrants]
         self.samples: dict[str, dict[str, list[Sample]]] = {mode: {name: [] for name in names} for mode in job.modes}
 
@@ -85,6 +87,7 @@ class Results:
             "closed_form_bytes_per_token": {
                 "/".join(key): size / tokens for key, size in sorted(closed_form_bytes(entrant, mode).items())
             },
+            "predicted": None if self.hardware is None else predicted(entrant, mode, self.hardware),
             "peak_bytes": max((s["peak_bytes"] for s in samples if s["peak_bytes"] is not None), default=None),
             "samples": samples,
         }
@@ -128,7 +131,7 @@ def _machine(ranks: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "ranks": ranks,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cpu_cores(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpus": torch.cuda.device_count() if cuda else 0,
         "system": platform.platform(),

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hp_plugin.bench.layouts import FUNCTION_MARK
 from hp_plugin.bench.markdown import HEAD, described, rows
+from hp_plugin.bench.predicted import HEAD as PREDICTED_HEAD
+from hp_plugin.bench.predicted import has_predictions, prediction_rows, winners
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 _WIDTH = 150
 """Columns of a log, which has no width of its own."""
@@ -16,7 +22,6 @@ def show(report: dict[str, Any]) -> None:
     """Prints a table per mode, the source's reported ratios under it where the model is theirs."""
     # Here, since importing rich draws random numbers.
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(f"\n[bold]{report['model']}[/bold]: {described(report)}", highlight=False)
@@ -24,14 +29,14 @@ def show(report: dict[str, Any]) -> None:
         if not layouts:
             continue
         title = mode if report["complete"] else f"{mode} (partial: the run did not end)"
-        table = Table(title=title, title_justify="left")
-        for number, head in enumerate(HEAD):
-            table.add_column(head, justify="right" if number else "left")
+        table = _table(title, HEAD)
         for cells in rows(layouts):
             table.add_row(*cells)
         for name in report["not_possible"]:
             table.add_row(name, "stock: not possible")
         console.print(table)
+        if has_predictions(layouts):
+            _show_predictions(console, layouts)
         if any(not one["exact"] for one in layouts.values()):
             console.print(f"{FUNCTION_MARK} another function than the model's attention (docs/compare.md)")
     for name, words in report["not_possible"].items():
@@ -44,3 +49,20 @@ def show(report: dict[str, Any]) -> None:
             "times the TPOT of TP=8·PP=2",
             highlight=False,
         )
+
+
+def _show_predictions(console: Console, layouts: dict[str, Any]) -> None:
+    table = _table("predicted from rates of this machine alone", PREDICTED_HEAD)
+    for cells in prediction_rows(layouts):
+        table.add_row(*cells)
+    console.print(table)
+    console.print(winners(layouts), markup=False, highlight=False)
+
+
+def _table(title: str, heads: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
+    return table

@@ -14,14 +14,23 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
 from hp_plugin.bench.catalogue import load_model
 from hp_plugin.bench.gate import LossMismatchError, require_equal_losses
 from hp_plugin.bench.job import Job, pass_gate
 from hp_plugin.bench.layouts import enter
+from hp_plugin.bench.predicted import prediction_rows, winners
 from hp_plugin.bench.report import Results
+from hp_plugin.bench.together import seconds_together
 from hp_plugin.cli import main
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.cost.hardware import PARAMETERS, load_hardware
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.workload import Workload
 from hp_plugin.exchange.batch import BatchExchange
 from tests.ranks import Ranks
 
@@ -139,6 +148,73 @@ def test_experts_of_both_backends_and_what_stock_cannot_do(tmp_path: Path) -> No
     for one in others:
         assert one["losses"] == pytest.approx(first["losses"], rel=1e-4)
         assert one["sent_bytes_per_token"]["ep/all_to_all"] > 0
+
+
+def test_predictions_from_the_measured_machine_stand_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"num_layers": 1, "hidden_size": 48, "num_attention_heads": 6, "num_query_groups": 1, "seq_length": 20}
+    model |= {"disable_bias_linear": True, "position_embedding_type": "rope", "normalization": "RMSNorm"}
+    (tmp_path / "odd.json").write_text(json.dumps(model | {"global_batch_size": 4}))
+    options = ["--model", str(tmp_path / "odd.json"), "--steps", "1", "--rounds", "1", "--predict"]
+    report = run(tmp_path, *options, "--layouts", "tp=2,mbs=2", "grid=1x2,exchange=batch,mbs=2")
+    machine = tmp_path / "odd" / "machine.json"
+    hardware = load_hardware(str(machine))
+    assert hardware.domain == 2 and all(hardware.parameters[name].source for name in PARAMETERS)
+    shape = ModelShape("by hand", 1, D=48, h=6, g=1, d=8, ffn=192, vocab=report["options"]["padded_vocab_size"],
+                       tied=True, norm_biases=False)  # fmt: skip
+    for name, grid in (("tp=2,mbs=2", None), ("grid=1x2,exchange=batch,mbs=2", HeadDimConfig(1, 2, "batch"))):
+        layout = Layout(tp=2, grid=grid, micro_batch=2, fused=False)
+        expected = predict(shape, layout, Workload("train", 20, 4, itemsize=4), hardware)
+        found = report["modes"]["train"][name]["predicted"]
+        assert found["tokens_per_s"] == pytest.approx(80 / found["step_s"]) == pytest.approx(expected.tokens_per_s)
+        assert found["tpot_ms"] == pytest.approx(1e3 * expected.tpot)
+    text = (tmp_path / "odd" / "report.md").read_text(encoding="utf-8")
+    assert "Predicted from rates of this machine alone" in text and "Fastest" in text
+    capsys.readouterr()
+    assert main(["plan", "--hardware", str(machine), "--show-hardware"]) == 0
+    assert "kernel_gap_s = " in capsys.readouterr().out
+
+
+def test_the_winner_is_named_measured_and_predicted() -> None:
+    def one(measured: float, predicted: float, exact: bool = True) -> dict[str, Any]:
+        guess = {"tokens_per_s": predicted, "tpot_ms": 2.0}
+        return {"tokens_per_s": {"median": measured}, "tpot_ms": {"median": 1.0}, "predicted": guess, "exact": exact}
+
+    layouts = {"tp=2": one(100, 150), "grid=1x2": one(110, 180), "grid=1x2,exchange=local": one(999, 999, False)}
+    assert winners(layouts) == "Fastest, measured and predicted: grid=1x2."
+    assert winners(layouts | {"tp=2": one(120, 150)}) == "Fastest: tp=2; predicted: grid=1x2."
+    rows = list(prediction_rows(layouts))
+    assert rows[1] == ("grid=1x2", "110", "180", "+64%", "1.10", "1.20", "+9%", "1.000", "2.000")
+    assert rows[2][0] == "grid=1x2,exchange=local ≠"
+
+
+@pytest.mark.parametrize("model", ["llama3-like", "qwen2.5-like", "mqa", "few-heads"])
+def test_docs_say_what_the_reports_of_the_suite_hold(model: str) -> None:
+    report = json.loads((ROOT / "docs" / "compare" / model / "report.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    by_mode = [list(prediction_rows(report["modes"][mode])) for mode in ("forward", "train")]
+    base = by_mode[0][0][0]
+    for forward, train in zip(*(rows[1:] for rows in by_mode), strict=True):
+        cells = [f"`{model}`", f"`{base}`", f"`{forward[0]}`", *forward[4:7], *train[4:7]]
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_predictions_are_for_machines_without_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    options = ["--model", "tiny", "--layouts", "tp=2", "--predict", "--out", str(tmp_path / "out")]
+    assert main(["compare", *options]) == 2
+    assert "--predict describes machines without GPUs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def sleep_by_rank() -> float:
+    return seconds_together(lambda: time.sleep(0.01 * (1 + dist.get_rank())))
+
+
+def test_work_of_all_ranks_takes_as_long_as_the_slowest_rank_needs(ranks: Ranks) -> None:
+    first, second = ranks.run(2, sleep_by_rank)
+    assert first == second and first >= 0.02
 
 
 def start(tmp_path: Path, *options: str) -> subprocess.Popen[str]:

@@ -148,6 +148,15 @@ def test_a_users_gemm_table_replaces_the_shipped_one(tmp_path: Path) -> None:
     assert seconds == pytest.approx(2 * 4096**3 / 100e12 + mine["kernel_gap_s"])
 
 
+def test_small_products_are_padded_to_a_tile_only_where_nothing_small_was_measured() -> None:
+    def table(sides: tuple[int, ...]) -> GemmTable:
+        return GemmTable([(1, m, n, k, 1e12) for m in sides for n in sides for k in sides], "test")
+
+    assert table((256, 512)).rate(1, 32, 512, 512) == pytest.approx(1e12 * 32 / 128)
+    assert table((16, 512)).rate(1, 32, 512, 512) == pytest.approx(1e12)
+    assert table((16, 512)).rate(1, 8, 4, 512) == pytest.approx(1e12 * 8 / 16 * 4 / 16)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
