@@ -28,7 +28,7 @@ from hp_plugin.training.config import TrainingConfig
 _SIDES = (16, 64, 256, 1024)
 _WIDTHS, _LENGTHS, _HEADS, _SAMPLES = (16, 64, 128), (32, 128, 512), 2, 4
 _NORMALIZED = (512, 512)
-"""An activation of [tokens, D] that, as in the models compared, the caches of a core do not hold."""
+"""An activation, [tokens, D], of the size that the models of the catalogue have."""
 _TINY = TrainingConfig(
     num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=16, micro_batch_size=1, disable_bias_linear=True,
     position_embedding_type="rope", train_iters=1_000_000, lr=1e-3,
