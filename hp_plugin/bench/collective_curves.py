@@ -28,13 +28,21 @@ def measure_curves(dtype: torch.dtype, source: str) -> dict[str, Any]:
     product = _product(dtype)
     alone = seconds_together(product)
     curves: list[dict[str, Any]] = []
-    for size in (size for size in range(2, world + 1) if world % size == 0):
+    sizes = [size for size in range(2, world + 1) if world % size == 0]
+    for size in sizes:
         group, all_groups = dist.new_subgroups(size)
         found = {kind: _curve(make, size, group, product, alone) for kind, make in _COLLECTIVES.items()}
-        if size == 2:
+        if size == sizes[0]:
             found["send_recv"] = _curve(_send_recv, size, group, product, alone)
         curves += [
-            {"collective": kind, "ranks": size, "nodes": 1, "kind": "here", "source": source, "points": points}
+            {
+                "collective": kind,
+                "ranks": 2 if kind == "send_recv" else size,
+                "nodes": 1,
+                "kind": "here",
+                "source": source,
+                "points": points,
+            }
             for kind, points in found.items()
         ]
         for each in all_groups:
@@ -85,15 +93,16 @@ def _all_to_all(whole: Tensor, ranks: int, group: dist.ProcessGroup) -> Callable
 
 
 def _send_recv(whole: Tensor, ranks: int, group: dist.ProcessGroup) -> Callable[[], object]:
-    """From the first rank of each pair to the second, which answers with one element: a pipeline's hand-over."""
-    first, answer = dist.get_group_rank(group, dist.get_rank()) == 0, whole[:1]
+    """From the first rank of a group to the second, which answers with one element: a pipeline's hand-over."""
+    rank, answer = dist.get_group_rank(group, dist.get_rank()), whole[:1]
 
     def hand_over() -> None:
-        for tensor, sends in ((whole, first), (answer, not first)):
-            if sends:
-                dist.send(tensor, group=group, group_dst=1 if first else 0)
-            else:
-                dist.recv(tensor, group=group, group_src=1 if first else 0)
+        if rank == 0:
+            dist.send(whole, group=group, group_dst=1)
+            dist.recv(answer, group=group, group_src=1)
+        elif rank == 1:
+            dist.recv(whole, group=group, group_src=0)
+            dist.send(answer, group=group, group_dst=0)
 
     return hand_over
 

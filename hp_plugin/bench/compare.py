@@ -44,6 +44,8 @@ def compare(args: argparse.Namespace) -> int:
             "table (docs/planner.md)"
         )
     jobs = [_job(comparison, args) for comparison in _comparisons(args)]
+    if args.predict and any(ranks == 1 for _, ranks in jobs):
+        raise ValueError("--predict measures collectives, which takes at least 2 ranks: raise --ranks")
     for job, ranks in jobs:
         if not _run(job, ranks):
             return 1

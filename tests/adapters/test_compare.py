@@ -14,10 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hp_plugin.bench.catalogue import load_model
+from hp_plugin.bench.collective_curves import measure_curves
 from hp_plugin.bench.gate import LossMismatchError, require_equal_losses
 from hp_plugin.bench.job import Job, pass_gate
 from hp_plugin.bench.layouts import enter
@@ -26,6 +28,7 @@ from hp_plugin.bench.report import Results
 from hp_plugin.bench.together import seconds_together
 from hp_plugin.cli import main
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.cost.curve import TimeCurve
 from hp_plugin.cost.hardware import PARAMETERS, load_hardware
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape
@@ -65,6 +68,7 @@ def test_a_layout_with_another_loss_is_not_timed() -> None:
         (["--layouts", "tp=4,tp_overlap,sp"], "compare runs no tp_overlap"),
         (["--layouts", "tp=4,cpp=2"], "unknown key 'cpp'"),
         (["--layouts", "tp=16"], "no layout can run: tp=16: "),  # in stock's own words: 8 heads over 16 ranks
+        (["--layouts", "tp=1", "--predict"], "takes at least 2 ranks"),
         (["--layouts", "tp=4", "--into", "nowhere.md"], "--into nowhere.md: no such file"),
         ([], "--model needs --layouts"),
     ],
@@ -196,6 +200,19 @@ def test_docs_say_what_the_reports_of_the_suite_hold(model: str) -> None:
     for forward, train in zip(*(rows[1:] for rows in by_mode), strict=True):
         cells = [f"`{model}`", f"`{base}`", f"`{forward[0]}`", *forward[4:7], *train[4:7]]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def curves_of_this_machine() -> dict[str, Any]:
+    return measure_curves(torch.float32, "test")
+
+
+def test_every_collective_is_measured_on_three_ranks(ranks: Ranks) -> None:
+    curves = ranks.run(3, curves_of_this_machine)[0]["curves"]
+    sizes = {curve["collective"]: curve["ranks"] for curve in curves}
+    assert sizes == {"all_reduce": 3, "all_gather": 3, "reduce_scatter": 3, "all_to_all": 3, "send_recv": 2}
+    for curve in curves:
+        assert all(size % 12 == 0 for size, _ in curve["points"]) and len(curve["points"]) == 7
+        TimeCurve.from_points(curve["points"])
 
 
 def test_predictions_are_for_machines_without_gpus(
