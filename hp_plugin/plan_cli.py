@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--continuous", action="store_true", help="decode: micro-batches follow each other without a gap")
     what.add_argument("--memory-gb", type=float, help="device memory, if not the hardware's")
     what.add_argument("--grad-reduce-in-bf16", action="store_true", help="as in Megatron: gradients reduced in 16 bit")
-    what.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="for the printed flags")
+    what.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="fp16: gradients reduced in 16 bit")
     search = parser.add_argument_group("which layouts")
     search.add_argument("--exchange", nargs="+", choices=tuple(RULES), default=list(RULES), help="exchanges of grids")
     search.add_argument("--tp-comm-overlap", action="store_true", help="also layouts with Megatron's --tp-comm-overlap")
@@ -90,7 +90,7 @@ def _lines(args: argparse.Namespace) -> list[str]:
         args.mode,
         args.seq,
         args.global_batch,
-        grad_itemsize=2 if args.grad_reduce_in_bf16 else 4,
+        grad_itemsize=2 if args.grad_reduce_in_bf16 or args.dtype == "fp16" else 4,
         continuous=args.continuous,
     )
     capacity = args.memory_gb * 1e9 if args.memory_gb is not None else None

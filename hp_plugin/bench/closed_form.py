@@ -52,12 +52,13 @@ def closed_form_bytes(entrant: Entrant, mode: str) -> dict[tuple[str, str], floa
 
 
 def group_sizes(entrant: Entrant) -> dict[str, int]:
-    """Ranks of a group, by axis; the group of tied embeddings has the first and the last stage."""
+    """Ranks of a group, by axis."""
     layout = entrant.layout
     return {
         "tp": layout.tp,
         "dim": layout.n,
         "pp": 2,
+        "ends": 2,
         "cp": layout.cp,
         "ep": layout.ep,
         "dp": layout.dp * layout.cp,

@@ -51,7 +51,7 @@ _AXES = {
     "HEAD_PARALLEL_GROUP": "head",
     "DIM_PARALLEL_GROUP": "dim",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
-    "EMBEDDING_GROUP": "pp",
+    "EMBEDDING_GROUP": "ends",
     "CONTEXT_PARALLEL_GROUP": "cp",
     "DATA_PARALLEL_GROUP": "dp",
     "DATA_PARALLEL_GROUP_WITH_CP": "dp",

@@ -25,17 +25,19 @@ class Search:
     Args:
         exchanges: exchanges of grids. tp_overlap: also layouts with `--tp-comm-overlap`.
         max_micro_batch: largest micro-batch. micro_batches: only layouts with this many micro-batches per step.
+        tensor_parallel: only these TP sizes.
     """
 
     exchanges: tuple[str, ...] = tuple(RULES)
     tp_overlap: bool = False
     max_micro_batch: int = 64
     micro_batches: int | None = None
+    tensor_parallel: tuple[int, ...] | None = None
 
 
 def candidates(model: ModelShape, gpus: int, workload: Workload, search: Search) -> Iterator[Layout]:
     """Layouts on `gpus` ranks that divide evenly; whether they can run the model is checked by the prediction."""
-    for tp in (size for size in _divisors(gpus) if size <= MAX_TENSOR_PARALLEL):
+    for tp in _tensor_sizes(gpus, search):
         for pp in _divisors(gpus // tp):
             if pp > model.layers:
                 continue
@@ -43,6 +45,12 @@ def candidates(model: ModelShape, gpus: int, workload: Workload, search: Search)
                 dp = gpus // (tp * pp * cp)
                 for grid in (None, *_grids(tp, search)):
                     yield from _sized(model, workload, search, tp, grid, pp, cp, dp)
+
+
+def _tensor_sizes(gpus: int, search: Search) -> list[int]:
+    if search.tensor_parallel is not None:
+        return [size for size in _divisors(gpus) if size in search.tensor_parallel]
+    return [size for size in _divisors(gpus) if size <= MAX_TENSOR_PARALLEL]
 
 
 def _context_sizes(ranks: int, workload: Workload) -> list[int]:

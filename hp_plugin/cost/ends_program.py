@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hp_plugin.cost.layer_program import Passes
 from hp_plugin.cost.linear_program import column_backward, column_forward
-from hp_plugin.cost.program import Block, Collective, Stream
+from hp_plugin.cost.program import Block, Collective, Program, Stream
 from hp_plugin.cost.share import Share
 
 UNFUSED_LOSS_BYTES = 30.0
@@ -37,7 +37,7 @@ def embedding(share: Share) -> Passes:
 
 
 def head(share: Share) -> Passes:
-    """Final norm, logits and cross entropy; without a vocabulary the norm alone."""
+    """Final norm, logits and cross entropy (in decode, sampling); without a vocabulary the norm alone."""
     norm = Block((Stream("final norm", 2 * share.between_bytes),))
     norm_gradient = Block((Stream("final norm gradient", 3 * share.between_bytes),))
     model = share.model
@@ -45,6 +45,8 @@ def head(share: Share) -> Passes:
         return Passes((norm,), (norm_gradient,))
     rows = -(-model.vocab // share.P)
     logits = float(rows * share.tokens)
+    if share.workload.mode == "decode":
+        return Passes((norm, *column_forward(share, "logits", rows), *_sampling(share, logits)), ())
     per_logit = PARALLEL_LOSS_BYTES if share.layout.fused else UNFUSED_LOSS_BYTES
     sums: tuple[Collective, ...] = ()
     if share.P > 1:
@@ -60,3 +62,13 @@ def head(share: Share) -> Passes:
         (norm, *column_forward(share, "logits", rows), loss),
         (loss_gradient, *column_backward(share, "logits", rows), norm_gradient),
     )
+
+
+def _sampling(share: Share, logits: float) -> Program:
+    """Megatron-Core gathers the logits over the TP group, joined by a copy, and every rank picks the same tokens."""
+    whole = logits * share.P * share.e
+    pick = Block((Stream("pick tokens", whole),))
+    if share.P == 1:
+        return (pick,)
+    gather = Collective("gather logits", "all_gather", "tp", whole)
+    return (Block((), (gather,)), Block((Stream("join gathered logits", 2 * whole),)), pick)

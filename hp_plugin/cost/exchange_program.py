@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hp_plugin.cost.core_attention_program import core_backward, core_forward, is_fused
-from hp_plugin.cost.program import Block, Collective, Gemm, Program, Stream
+from hp_plugin.cost.program import Block, Collective, Gemm, Kernel, Program, Stream
 from hp_plugin.cost.share import Share
 from hp_plugin.exchange_rules import RULES, SCORES_BLOCK, ScoresRule
 
@@ -52,8 +52,11 @@ def exchanged(share: Share) -> Exchanged:
         after = _trade("context", share.context_bytes)
     if share.gathers_qkv:
         gathered = share.qkv_bytes * share.P
-        before = (Block((), (Collective("gather qkv", "all_gather", "tp", gathered),)),)
-        split = Stream("split qkv gradient", 2 * gathered)
+        # Megatron-Core joins the gathered parts along the last dimension, which is a copy, and so is their gradient's
+        # way back; the gradient of a rank's own heads is first laid into zeros of the gathered size.
+        join = Stream("join gathered qkv", 2 * gathered)
+        before = (Block((), (Collective("gather qkv", "all_gather", "tp", gathered),)), Block((join,)))
+        split = Stream("split qkv gradient", 3 * gathered)
         before_gradient = (Block((split,), (Collective("scatter qkv gradient", "reduce_scatter", "tp", gathered),)),)
     shape = {
         "samples": samples, "heads": heads, "groups": groups, "queries": queries, "keys": keys, "width": width,
@@ -67,7 +70,9 @@ def exchanged(share: Share) -> Exchanged:
     core = core_forward(**shape, fused=fused, dropout=dropout)
     gradient = core_backward(**shape, fused=fused, dropout=dropout)
     if share.layout.cp > 1:
-        return Exchanged(before, _ring(share, core, 1), after, _ring(share, gradient, 2), before_gradient)
+        held = 2.0 * samples * groups * queries * width * share.e
+        ring, ring_gradient = _ring(share, core, held), _ring(share, gradient, 2 * held)
+        return Exchanged(before, ring, after, ring_gradient, before_gradient)
     return Exchanged(before, (Block(core),), after, (Block(gradient),), before_gradient)
 
 
@@ -77,12 +82,11 @@ def _trade(what: str, size: float) -> Program:
     return (Block((copy,), (Collective(f"trade {what}", "all_to_all", "dim", size),)), Block((copy,)))
 
 
-def _ring(share: Share, core: tuple[object, ...], passes: int) -> Program:
-    """Context parallelism: keys and values (and their gradients) travel a ring beside the attention."""
-    size = passes * 2.0 * share.groups * share.model.d * share.tokens * share.e
+def _ring(share: Share, core: tuple[Kernel, ...], size: float) -> Program:
+    """Context parallelism: keys and values (and their gradients), `size` bytes, travel a ring beside the attention."""
     steps = share.layout.cp - 1
     sends = tuple(Collective("pass k, v on", "send_recv", "cp", size) for _ in range(steps))
-    return (Block(core, sends, overlap=True, pieces=share.layout.cp),)  # type: ignore[arg-type]
+    return (Block(core, sends, overlap=True, pieces=share.layout.cp),)
 
 
 def _scores(share: Share) -> Exchanged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hp_plugin.cost.core_attention_program import FUSED_HEAD_DIM, is_fused
 from hp_plugin.cost.hardware import Hardware
 from hp_plugin.cost.memory import Memory
 from hp_plugin.cost.share import Share
@@ -27,7 +28,7 @@ def _heads(share: Share) -> list[str]:
             layout.grid.check_heads(model.h, model.g, model.d)
         except ValueError as error:
             said.append(str(error))
-    if model.ffn % layout.tp and not model.experts:
+    if model.ffn % layout.tp and model.moe_layers < model.layers:
         said.append(f"MLP width {model.ffn} does not divide over TP={layout.tp}")
     return said
 
@@ -79,8 +80,12 @@ def _features(share: Share) -> list[str]:
         said.append(f"{model.experts} experts do not divide over ep={layout.ep}")
     if ranks % layout.ep:
         said.append(f"ep={layout.ep} does not divide the {ranks} ranks of a pipeline stage")
-    if layout.moe == "megatron" and layout.tp > 1 and not layout.sp and workload.mode == "train":
-        said.append("Megatron-Core trains MoE under TP only with sequence parallelism")
+    if layout.moe == "megatron" and layout.tp > 1 and not layout.sp and workload.mode != "decode":
+        said.append("Megatron-Core runs MoE under TP only with sequence parallelism (sp)")
+    if layout.moe == "deepspeed" and layout.cp > 1:
+        said.append(f"DeepSpeed-MoE counts tokens per rank and cannot do context parallelism (cp={layout.cp})")
+    if layout.moe == "deepspeed" and layout.ep % layout.tp and layout.tp % layout.ep:
+        said.append(f"DeepSpeed-MoE needs ep={layout.ep} to divide TP={layout.tp} or to be a multiple of it")
     if layout.moe == "deepspeed" and model.top_k > 2:
         said.append(f"DeepSpeed-MoE beyond top-2 is not planned (top_k={model.top_k})")
     return said
@@ -88,12 +93,13 @@ def _features(share: Share) -> list[str]:
 
 def _exchange(share: Share) -> list[str]:
     layout, workload = share.layout, share.workload
-    if layout.grid is None or layout.grid.n == 1:
-        return []
     try:
         name = share.exchange
     except ValueError as error:
         return [str(error)]
+    width = share.model.d // (layout.n if name == "local" else 1)
+    if layout.cp > 1 and not is_fused(width, workload.training):
+        return [f"context parallelism trains with fused attention alone, which ends at head dimension {FUSED_HEAD_DIM}"]
     if name in ("sequence", "scores"):
         if layout.cp > 1:
             return [f"exchange `{name}` cannot do context parallelism; batch can"]

@@ -10,8 +10,8 @@ from math import exp, log, log2
 from pathlib import Path
 
 TILE = 128
-"""Output rows and columns below which a tensor-core tile is padded (H100 CUTLASS tiles are 128 wide), unless the table
-itself was measured below them."""
+"""Output columns below which a tensor-core tile is padded (H100 CUTLASS tiles are 128 wide), unless the table itself
+was measured below them."""
 
 _AXES = ("batch", "m", "n", "k")
 
@@ -44,7 +44,6 @@ class GemmTable:
             if key not in self._log_rate:
                 named = ", ".join(f"{name}={size}" for name, size in zip(_AXES, key, strict=True))
                 raise ValueError(f"GEMM table: no row for {named}; the table must be a full grid of its sizes")
-        self._tile = {axis: min(TILE, sides[0]) for axis, sides in zip(_AXES, self._axes, strict=True)}
         self.rate = lru_cache(maxsize=None)(self._rate)
 
     @classmethod
@@ -77,17 +76,19 @@ class GemmTable:
         return exp(max(self._log_rate.values()))
 
     def _rate(self, batch: int, m: int, n: int, k: int) -> float:
-        """Operations per second at this shape, padding of small sides paid for."""
-        largest = self._axes[0][-1]
-        rows, columns = max(m, self._tile["m"]), max(n, self._tile["n"])
-        if batch > largest:
-            # Beyond the table more matrices are more output tiles, which is all that a longer m is.
-            m_tiles, batch = rows * batch / largest, largest
-        else:
-            m_tiles = float(rows)
+        """Operations per second at this shape, padding of few columns paid for.
+
+        Fewer rows than the table has keep its rate: libraries split k over multiprocessors that would be idle. What
+        bounds such products is memory, which is not this table's matter.
+        """
+        rows, columns = max(m, self._axes[1][0]), max(n, min(TILE, self._axes[2][0]))
+        # Beyond the table more matrices or columns are more output tiles, which is all that a longer m is.
+        widest, largest = self._axes[2][-1], self._axes[0][-1]
+        m_tiles = rows * max(1.0, columns / widest) * max(1.0, batch / largest)
+        batch = min(batch, largest)
         point = (float(batch), m_tiles, float(columns), float(k))
         rate = exp(sum(weight * self._log_rate[key] for key, weight in self._corners(point)))
-        return rate * (m / rows) * (n / columns)
+        return rate * (n / columns)
 
     def _corners(self, point: tuple[float, ...]) -> list[tuple[tuple[int, ...], float]]:
         """Table shapes around a point and their weights; below the table the lowest slope goes on."""

@@ -45,7 +45,7 @@ def plan_overlap(
     for rank, mine in enumerate(chunks):
         until = 0.0
         for chunk, parameters in enumerate(mine):
-            sync = chunk_sync(share, parameters)
+            sync = chunk_sync(share, parameters, rank, chunk)
             stage = chunk * len(chunks) + rank
             gathered = sum(pricer.collective(each) for each in sync.weights)
             if sync.weights:

@@ -23,8 +23,11 @@ class Sync:
     weights: tuple[Collective, ...]
 
 
-def chunk_sync(share: Share, parameters: RankParameters) -> Sync:
-    """Reductions and gathers of one model chunk; fully sharded data parallelism has them in every pass instead."""
+def chunk_sync(share: Share, parameters: RankParameters, rank: int, chunk: int) -> Sync:
+    """Reductions and gathers of one model chunk; fully sharded data parallelism has them in every pass instead.
+
+    Megatron-Core cuts buckets on the first pipeline rank's first chunk alone.
+    """
     layout, workload = share.layout, share.workload
     if not workload.training or layout.zero == "full":
         return Sync((), ())
@@ -37,7 +40,7 @@ def chunk_sync(share: Share, parameters: RankParameters) -> Sync:
     for axis, count, replicas in groups:
         if not count or replicas == 1:
             continue
-        buckets = max(1, round(count / bucket_parameters(replicas)))
+        buckets = max(1, round(count / bucket_parameters(replicas))) if rank == chunk == 0 else 1
         size = count / buckets
         kind = "all_reduce" if layout.zero == "replicated" else "reduce_scatter"
         gradients += [Collective("reduce gradients", kind, axis, size * workload.grad_itemsize)] * buckets
@@ -59,7 +62,7 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
     ends = any(stage.first or stage.last for stage in chunks)
     if model.tied and layout.pp > 1 and model.vocab and ends:
         size = model.vocab / layout.tp * model.D * share.workload.grad_itemsize
-        said.append(Collective("sum tied embedding gradients", "all_reduce", "pp", size))
+        said.append(Collective("sum tied embedding gradients", "all_reduce", "ends", size))
     if share.sp:
         shared = sum(2 * stage.layers + stage.last for stage in chunks) * model.norm_parameters
         shared += sum(row_biases(model, stage) for stage in chunks)
@@ -71,6 +74,25 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
     return tuple(said)
 
 
-OPTIMIZER_BYTES_PER_PARAMETER = 38.0
+OPTIMIZER_BYTES_PER_PARAMETER = 34.0
 """Memory traffic of one Adam step per parameter: norm (4), fp32 gradient, weight and two moments read (16), three
-written (12), 16-bit weight written (2), gradient cleared (4)."""
+written (12), 16-bit weight written (2)."""
+
+
+def optimizer_bytes(share: Share, chunks: Sequence[RankParameters]) -> float:
+    """Memory traffic at the end of a step on one rank: Adam on its shard, and passes over its whole gradients.
+
+    Megatron-Core clears the gradient buffer and, before an averaging reduction, scales it
+    (`megatron.core.distributed.param_and_grad_buffer`); FSDP's gradients are a shard by then.
+    """
+    layout = share.layout
+    total = 0.0
+    for count, replicas in (
+        (sum(chunk.dense for chunk in chunks), layout.dp * layout.cp),
+        (sum(chunk.experts for chunk in chunks), max(1, layout.tp * layout.cp * layout.dp // layout.ep)),
+    ):
+        mine = count if layout.zero == "replicated" else count / replicas
+        passes = 1 if layout.zero == "full" or replicas == 1 else 3
+        cleared = mine if layout.zero == "full" else count
+        total += OPTIMIZER_BYTES_PER_PARAMETER * mine + passes * share.workload.grad_itemsize * cleared
+    return total

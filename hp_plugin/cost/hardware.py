@@ -202,11 +202,13 @@ def _kernels(table: Mapping[str, Any], multiprocessors: int) -> dict[str, Attent
 
 
 def _collectives(table: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Collectives:
-    scale = parameters["collective_scale"].value
+    within = 1.0 / parameters["collective_scale"].value
+    nic = parameters["nic_bytes_per_s"].value
+    across = float(table.get("nic_bytes_per_s", nic)) / nic
     curves = {}
     for entry in table["curves"]:
-        # Within a domain faster links shorten a transfer; what the network bounds keeps its curve.
-        factor = 1.0 / scale if int(entry["nodes"]) == 1 else 1.0
+        # Faster links shorten a transfer, not its latency.
+        factor = within if int(entry["nodes"]) == 1 else across
         latency = min(micros for _, micros in entry["points"])
         points = [
             (float(size), (latency + max(0.0, micros - latency) * factor) * 1e-6) for size, micros in entry["points"]

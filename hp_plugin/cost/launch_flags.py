@@ -9,7 +9,7 @@ from hp_plugin.cost.stages import split_layers
 
 
 def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
-    """Arguments of `pretrain_gpt.py` (Megatron-LM's, or this plugin's examples/pretrain_gpt.py) that run the layout."""
+    """Arguments of Megatron-LM's `pretrain_gpt.py` that say model and layout; the rest of a launch is the user's."""
     model, layout, workload = prediction.model, prediction.layout, prediction.workload
     flags = [f"--num-layers {model.layers}", f"--hidden-size {model.D}", f"--num-attention-heads {model.h}"]
     flags += [f"--kv-channels {model.d}", f"--ffn-hidden-size {model.ffn}"]
@@ -23,6 +23,7 @@ def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
     flags.append(f"--position-embedding-type {positions}")
     if not model.dropout:
         flags += ["--attention-dropout 0", "--hidden-dropout 0"]
+    flags += [f"--vocab-size {model.vocab}"] if model.vocab else []
     flags += [f"--seq-length {workload.seq}", f"--max-position-embeddings {workload.seq}"]
     flags += [f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {workload.global_batch}", f"--{dtype}"]
     return flags + _parallel_flags(prediction) + _expert_flags(prediction)
@@ -50,11 +51,15 @@ def _parallel_flags(prediction: Prediction) -> list[str]:
         flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
     elif layout.recompute == "selective":
         flags += ["--recompute-granularity selective", "--recompute-modules core_attn"]
-    if workload.training:
-        flags += ["--use-distributed-optimizer"] if layout.zero == "optimizer" else []
-        flags += ["--overlap-grad-reduce"]
-        flags += ["--overlap-param-gather"] if layout.zero == "optimizer" else []
-    return flags
+    return flags + _DATA_PARALLEL_FLAGS[layout.zero] if workload.training else flags
+
+
+_DATA_PARALLEL_FLAGS = {
+    "replicated": ["--overlap-grad-reduce"],
+    "optimizer": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    # What Megatron-LM asks for beside it.
+    "full": ["--use-torch-fsdp2", "--no-gradient-accumulation-fusion", "--ckpt-format torch_dist"],
+}
 
 
 def _expert_flags(prediction: Prediction) -> list[str]:
@@ -63,8 +68,10 @@ def _expert_flags(prediction: Prediction) -> list[str]:
         return []
     flags = [f"--num-experts {model.experts}", f"--moe-router-topk {model.top_k}"]
     flags += [f"--expert-model-parallel-size {layout.ep}", "--expert-tensor-parallel-size 1"]
-    flags += [f"--moe-backend {layout.moe}"]
-    flags += ["--moe-token-dispatcher-type alltoall"] if layout.moe == "megatron" else []
+    if layout.moe == "deepspeed":
+        flags += ["--moe-backend deepspeed", "--moe-expert-capacity-factor 1"]
+    else:
+        flags += ["--moe-grouped-gemm", "--moe-token-dispatcher-type alltoall"]
     flags += ["--moe-router-pre-softmax"] if model.top_k == 1 else []
     flags += [f"--moe-layer-freq {model.moe_every}"] if model.moe_every > 1 else []
     return flags

@@ -52,7 +52,8 @@ def _rank_memory(share: Share, chunks: list[Stage], rank: int, micro_batches: in
     if workload.training:
         sharded = layout.zero != "replicated"
         gradients = workload.grad_itemsize * (dense + experts)
-        optimizer = OPTIMIZER_BYTES * (
+        # 16-bit gradients are copied to fp32 for the shard that a rank updates.
+        optimizer = (OPTIMIZER_BYTES + (4 if workload.grad_itemsize < 4 else 0)) * (
             dense / (replicas if sharded else 1) + experts / (expert_replicas if sharded else 1)
         )
         if layout.zero == "full":
@@ -133,11 +134,12 @@ def _mlp(share: Share) -> float:
 
 
 def _moe(share: Share) -> float:
-    """Routed tokens in and out of the experts, their inner activations; DeepSpeed's slots for all tokens besides."""
+    """Routed tokens in and out of the experts, their inner activations; in DeepSpeed's layer also the gate's fp32 input
+    and the chosen experts' outputs for all tokens."""
     model, routed = share.model, routed_tokens(share)
     kept: float = routed * (2 * model.D + model.ffn * (3 if model.gated else 2)) * share.e
     if share.layout.moe == "deepspeed":
-        kept += 2 * share.hidden_bytes * model.top_k
+        kept += (2 + model.top_k) * share.hidden_bytes
     return kept
 
 

@@ -11,8 +11,18 @@ from hp_plugin.cost.share import Share
 
 
 def routed_tokens(share: Share) -> int:
-    """Token copies that one rank sends into its expert group (and receives, when experts are evenly loaded)."""
+    """Token copies that one rank sends into its expert group (and receives, when experts are evenly loaded).
+
+    Megatron-Core's ranks route the tokens they hold: all of a TP group's without sequence parallelism, as in decode.
+    """
+    if share.layout.moe == "megatron":
+        return _own_tokens(share) * share.model.top_k
     return max(1, share.tokens * share.model.top_k // share.P)
+
+
+def _own_tokens(share: Share) -> int:
+    """Tokens that a rank of Megatron-Core's layer holds."""
+    return max(1, share.tokens // share.P) if share.sp else share.tokens
 
 
 def moe_forward(share: Share) -> Program:
@@ -25,7 +35,7 @@ def moe_forward(share: Share) -> Program:
     trade = _trade("tokens to experts", routed)
     back = _trade("tokens from experts", routed)
     if share.layout.moe == "megatron":
-        router = Gemm("router", max(1, share.tokens // share.P), model.experts, model.D)
+        router = Gemm("router", _own_tokens(share), model.experts, model.D)
         permute = Stream("permute tokens", 2 * routed)
         ranks = share.layout.ep
         counts = Collective("token counts", "all_gather", "ep", 8.0 * model.experts * ranks)
@@ -40,11 +50,12 @@ def moe_forward(share: Share) -> Program:
             residual,
         )
     # DeepSpeed routes all tokens on every rank of the TP group, keeps a P-th of every expert's slots, and gathers
-    # the results again.
+    # the results again. Around that its own operators, counted one by one in 16 bit: the gate's fp32 copy and product,
+    # a padded copy, the slots picked from it; then the same back, weighted and summed over the choices in fp32.
     gather = share.sp
     full = share.hidden_bytes * model.top_k
     router = Gemm("router", share.tokens, model.experts, model.D)
-    encode = Stream("encode tokens", 2 * full)
+    encode = Stream("encode tokens", (6 + 2 * model.top_k) * share.hidden_bytes)
     return (
         norm,
         *_if(gather, Block((), (Collective("gather tokens", "all_gather", "tp", share.hidden_bytes),))),
@@ -53,7 +64,7 @@ def moe_forward(share: Share) -> Program:
         experts,
         *back,
         *_if(share.P > 1, Block((), (Collective("gather expert outputs", "all_gather", "tp", full),))),
-        Block((Stream("decode tokens", 2 * full),)),
+        Block((Stream("decode tokens", (5 + 9 * model.top_k) * share.hidden_bytes),)),
         residual,
     )
 
@@ -68,7 +79,6 @@ def moe_backward(share: Share) -> Program:
     trade = _trade("gradients to experts", routed)
     back = _trade("gradients from experts", routed)
     if share.layout.moe == "megatron":
-        tokens = max(1, share.tokens // share.P)
         permute = Stream("permute gradients", 2 * routed)
         return (
             residual,
@@ -77,19 +87,19 @@ def moe_backward(share: Share) -> Program:
             experts,
             *back,
             *_trade("gate gradients from experts", 4.0 * routed_tokens(share)),
-            Block((permute, *_router(share, tokens))),
+            Block((permute, *_router(share, _own_tokens(share)))),
             norm,
         )
     full = share.hidden_bytes * model.top_k
     return (
         residual,
         *_if(share.sp, Block((), (Collective("gather output gradient", "all_gather", "tp", share.hidden_bytes),))),
-        Block((Stream("decode gradients", 3 * full),)),
+        Block((Stream("decode gradients", (12 + 14 * model.top_k) * share.hidden_bytes),)),
         *trade,
         experts,
         *back,
         *_if(share.P > 1, Block((), (Collective("gather slot gradients", "all_gather", "tp", full),))),
-        Block((Stream("encode gradients", 2 * full), *_router(share, share.tokens))),
+        Block((Stream("encode gradients", (1 + 3 * model.top_k) * share.hidden_bytes), *_router(share, share.tokens))),
         norm,
     )
 

@@ -30,30 +30,38 @@ def placements(tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, doma
     """The worst placement of each kind of group in Megatron-Core's default rank order tp-cp-ep-dp-pp.
 
     Keys: `tp`, `head` and `dim` (of the m × n grid), `cp`, `dp` (with context ranks, over which gradients are
-    reduced), `pp` (two neighbouring stages), `ep` and `edp` (experts and their replicas).
+    reduced), `pp` (two neighbouring stages), `ends` (first and last stage), `ep` and `edp` (experts and their
+    replicas), `pipeline` (all stages) and `world`.
 
     Args:
         ep: ranks over which experts are spread: consecutive ranks of a pipeline stage.
     """
     stage = tp * cp * dp
     # Stages that fill whole domains all look like the first one.
-    stages = 1 if stage % domain == 0 else pp
-    tensor_groups = tensor_parallel_groups(stage * stages, tp, stages, cp)
+    starts = [0] if stage % domain == 0 else [stage * number for number in range(pp)]
+    tensor_groups = tensor_parallel_groups(stage * len(starts), tp, len(starts), cp)
     grid = Grid(m, n)
     on_grid = m * n == tp
-    first_stage = range(stage)
+    ranks = range(stage)
     groups: dict[str, list[list[int]]] = {
         "tp": tensor_groups,
         "head": [group for ranks in tensor_groups for group in grid.head_groups(ranks)] if on_grid else tensor_groups,
         "dim": [group for ranks in tensor_groups for group in grid.dim_groups(ranks)] if on_grid else tensor_groups,
-        "cp": [[base + tp * k for k in range(cp)] for base in _bases(tp, cp, stage)],
-        "dp": [[base + tp * k for k in range(cp * dp)] for base in range(tp)],
-        "pp": [[rank, rank + stage] for rank in first_stage] if pp > 1 else [[0]],
-        "ep": [[base * ep + k for k in range(ep)] for base in range(stage // ep)],
-        "edp": [[base + ep * k for k in range(stage // ep)] for base in range(ep)],
+        "cp": [[at + base + tp * k for k in range(cp)] for at in starts for base in _bases(tp, cp, stage)],
+        "dp": [[at + base + tp * k for k in range(cp * dp)] for at in starts for base in range(tp)],
+        "pp": [[at + rank, at + stage + rank] for at in _before(pp, starts, stage) for rank in ranks] or [[0]],
+        "ends": [[rank, rank + stage * (pp - 1)] for rank in ranks] if pp > 1 else [[0]],
+        "pipeline": [[rank + stage * number for number in range(pp)] for rank in ranks],
+        "ep": [[at + base * ep + k for k in range(ep)] for at in starts for base in range(stage // ep)],
+        "edp": [[at + base + ep * k for k in range(stage // ep)] for at in starts for base in range(ep)],
         "world": [list(range(stage * pp))],
     }
     return {axis: _worst([Placement.of(ranks, domain) for ranks in members]) for axis, members in groups.items()}
+
+
+def _before(pp: int, starts: list[int], stage: int) -> list[int]:
+    """Where the stages begin that hand over to a next one, as far as they differ."""
+    return [start for start in starts if start + stage < stage * pp]
 
 
 def _bases(tp: int, cp: int, stage: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hp_plugin.cost.decode import decode_period
 from hp_plugin.cost.feasibility import shape_problems
 from hp_plugin.cost.gradient_overlap import gradient_ends, plan_overlap
-from hp_plugin.cost.gradients import OPTIMIZER_BYTES_PER_PARAMETER, end_of_step
+from hp_plugin.cost.gradients import end_of_step, optimizer_bytes
 from hp_plugin.cost.hardware import Hardware
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.memory import memory
@@ -87,6 +87,14 @@ class _Step:
         message = Collective("activations", "send_recv", "pp", self.share.between_bytes)
         return self.pricer.collective(message)
 
+    def _logits_back(self) -> float:
+        """Megatron-Core's generation sends the last stage's logits to all stages; without a vocabulary, activations."""
+        share = self.share
+        if share.layout.pp == 1 or not share.model.vocab:
+            return self.transfer
+        size = float(share.workload.global_batch // share.layout.dp * share.model.vocab * share.e)
+        return self.pricer.collective(Collective("logits to all stages", "send_recv", "ends", size))
+
     def prediction(self, full_timeline: bool) -> Prediction:
         """Puts the passes on a timeline and adds what happens once per step."""
         if self.share.workload.continuous:
@@ -126,15 +134,9 @@ class _Step:
         )
 
     def _optimizer(self, rank: int) -> float:
-        layout = self.share.layout
         if not self.share.workload.training:
             return 0.0
-        dense = sum(chunk.dense for chunk in self._chunks[rank])
-        experts = sum(chunk.experts for chunk in self._chunks[rank])
-        if layout.zero != "replicated":
-            dense /= layout.dp * layout.cp
-            experts /= max(1, layout.tp * layout.cp * layout.dp // layout.ep)
-        return self.pricer.kernel(Stream("optimizer", OPTIMIZER_BYTES_PER_PARAMETER * (dense + experts)))
+        return self.pricer.kernel(Stream("optimizer", optimizer_bytes(self.share, self._chunks[rank])))
 
     def _summary(self, line: Timeline, repeated: tuple[Timeline, float] | None) -> Prediction:
         share, pp = self.share, self.share.layout.pp
@@ -149,7 +151,7 @@ class _Step:
         after = sum(closing.values()) + max(optimizer)
         longer = (repeated[0].seconds - line.seconds) * repeated[1] if repeated else 0.0
         if share.workload.mode == "decode":
-            after += self.transfer  # sampled tokens travel back to the first stage
+            after += self._logits_back()
         step = passes_end + longer + tail + after
         mean = Cost()
         for rank in range(pp):

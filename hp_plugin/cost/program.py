@@ -76,7 +76,7 @@ Kernel = Gemm | FusedAttention | Stream
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective over a group axis (`tp`, `dim`, `head`, `cp`, `pp`, `ep`, `edp`, `dp`).
+    """One collective over a group axis, a key of `hp_plugin.cost.placement.placements`.
 
     `bytes` is counted as nccl-tests do: all_reduce the buffer, all_gather the gathered result, reduce_scatter and
     all_to_all one rank's whole input, send_recv the message.

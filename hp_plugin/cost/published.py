@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hp_plugin.cost.hardware import Hardware, package_json
+from hp_plugin.cost.hardware import Hardware, load_hardware, package_json
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape
 from hp_plugin.cost.workload import Workload
@@ -19,6 +19,7 @@ class Row:
         layouts: the layout, or all that the publication leaves open.
         measured: tokens per second and GPU.
         kernels: attention kernel of the run, if it is not the machine's first.
+        own: the machine of the run, if it is not the one that predictions are made for.
     """
 
     group: str
@@ -28,6 +29,7 @@ class Row:
     workload: Workload
     measured: float
     kernels: tuple[str, ...] | None = None
+    own: Hardware | None = None
 
     @property
     def gpus(self) -> int:
@@ -35,12 +37,22 @@ class Row:
         return self.layouts[0].world
 
     def machine(self, hardware: Hardware) -> Hardware:
-        """The machine with the run's attention kernel."""
+        """The run's machine with its attention kernel."""
+        hardware = self.own or hardware
         return replace(hardware, kernels=self.kernels) if self.kernels else hardware
 
 
 MEGATRON = "Megatron-LM weak scaling"
 FOUNDRY = "llm-foundry FSDP"
+GPT_FAST = "gpt-fast decode"
+
+_LLAMA_SHAPES = {
+    # name: (layers, D, heads, key/value heads, ffn, vocabulary), from the same repository's model.py
+    "llama2-7b": (32, 4096, 32, 32, 11008, 32000),
+    "llama2-70b": (80, 8192, 64, 8, 28672, 32000),
+    "llama3.1-8b": (32, 4096, 32, 8, 14336, 128256),
+    "llama3.1-70b": (80, 8192, 64, 8, 28672, 128256),
+}
 
 _FOUNDRY_SHAPES = {
     # name: (layers, D, heads), from scripts/train/yamls/pretrain/mpt-*.yaml of the same repository
@@ -97,6 +109,23 @@ def foundry_rows() -> list[Row]:
         label = f"{name}, {gpus} GPUs, sequence {seq}"
         rows.append(
             Row(FOUNDRY, label, model, (layout,), Workload("train", seq, batch), measured, ("cudnn", "triton-fa1"))
+        )
+    return rows
+
+
+def decode_rows() -> list[Row]:
+    """Generation for a single sequence under tensor parallelism, on the A100s that the publication describes."""
+    source = "pytorch-labs/gpt-fast@32971d3 README.md: power limited to 330 W, peak about 1700 GB/s"
+    machine = load_hardware("a100-ib").with_parameter("hbm_bytes_per_s", 1.7e12, "measured", source)
+    rows = []
+    for name, gpus, measured in _table("gpt_fast"):
+        layers, hidden, heads, groups, ffn, vocab = _LLAMA_SHAPES[name]
+        model = ModelShape(
+            name, layers, hidden, heads, groups, hidden // heads, ffn, vocab, gated=True, norm_biases=False
+        )  # fmt: skip
+        workload = Workload("decode", 105, 1)
+        rows.append(
+            Row(GPT_FAST, f"{name}, {gpus} A100", model, (Layout(gpus),), workload, measured / gpus, own=machine)
         )
     return rows
 

@@ -77,7 +77,7 @@ def pair(setting: Setting) -> Pair:
     """
     model = load_model(setting.model)
     hardware = load_hardware(setting.machine)
-    workload = Workload(setting.mode, setting.seq, GLOBAL_BATCH)
+    workload = Workload(setting.mode, setting.seq, GLOBAL_BATCH, grad_itemsize=2)
 
     def run(text: str) -> Prediction:
         experts = ",ep=8,moe=deepspeed" if model.experts else ""
@@ -205,7 +205,7 @@ def _really_best(model: ModelShape) -> list[str]:
     for machine in MACHINES:
         hardware: Hardware = load_hardware(machine)
         for mode in SEQUENCES:
-            workload = Workload(mode, 512 if mode == "decode" else 2048, GLOBAL_BATCH)
+            workload = Workload(mode, 512 if mode == "decode" else 2048, GLOBAL_BATCH, grad_itemsize=2)
             search = Search(exchanges=("batch",), max_micro_batch=16)
             plan = make_plan(model, GPUS, workload, hardware, search)
             best = plan.found[0]

@@ -26,10 +26,10 @@ def step_collectives(share: Share) -> list[Counter[Collective]]:
     for rank in range(layout.pp):
         total: Counter[Collective] = Counter()
         chunks = stages[rank :: layout.pp]
-        for stage in chunks:
+        for chunk, stage in enumerate(chunks):
             for collective in _passes(share, stage):
                 total[collective] += micro_batches
-            sync = chunk_sync(share, stage_parameters(share.model, layout, stage))
+            sync = chunk_sync(share, stage_parameters(share.model, layout, stage), rank, chunk)
             total.update((*sync.gradients, *sync.weights))
         total.update(end_of_step(share, chunks))
         found.append(total)

@@ -12,7 +12,7 @@ from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.memory import memory
 from hp_plugin.cost.predict import predict
 from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.published import FOUNDRY, MEGATRON, Row, foundry_rows, megatron_rows
+from hp_plugin.cost.published import FOUNDRY, GPT_FAST, MEGATRON, Row, decode_rows, foundry_rows, megatron_rows
 from hp_plugin.cost.share import Share
 
 CALIBRATION = ("7.1 B", "16 B", "32 B")
@@ -100,7 +100,7 @@ def validate() -> list[Comparison]:
     ]
     for row in foundry_rows():
         compared.append(compare_row(row, "held out" if row.gpus == 16 else "also", hardware))
-    return compared
+    return compared + [compare_row(row, "decode", hardware) for row in decode_rows()]
 
 
 def mean_error(compared: Sequence[Comparison]) -> float:
@@ -116,7 +116,7 @@ def worst_error(compared: Sequence[Comparison]) -> Comparison:
 def report(compared: Sequence[Comparison]) -> list[str]:
     """The validation as lines of text."""
     lines = [
-        "Predicted against published, H100 (tokens/s per GPU)",
+        "Predicted against published, H100 (decode: A100), tokens/s per GPU",
         f"fitted: gemm_efficiency = {load_hardware('h100-ib')['gemm_efficiency']:.3f}, to {len(CALIBRATION)} rows "
         f"({', '.join(CALIBRATION)} of {MEGATRON}); nothing else is fitted to any row",
         "",
@@ -156,12 +156,17 @@ def _groups(compared: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]
         ("also: other GPU counts, sequence 2048", [one for one in also if one.row.workload.seq == 2048]),
         ("also: up to 1024 tokens", [one for one in also if one.row.workload.seq < 2048]),
         ("also: from 4096 tokens", [one for one in also if one.row.workload.seq > 2048]),
+        (f"{GPT_FAST}, batch 1, 1 to 8 A100", [one for one in compared if one.role == "decode"]),
     ]
 
 
 def _line(comparison: Comparison) -> str:
     row, found = comparison.row, comparison.predicted
     return (
-        f"{row.name:<34}{comparison.role:<12}{row.measured:>10,.0f}{found.tokens_per_s / row.gpus:>10,.0f}"
+        f"{row.name:<34}{comparison.role:<12}{_rate(row.measured):>10}{_rate(found.tokens_per_s / row.gpus):>10}"
         f"{comparison.error:>+8.1%}  {found.layout}"
     )
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.1f}"

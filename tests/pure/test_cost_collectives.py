@@ -104,5 +104,11 @@ def test_placement_of_stock_layouts() -> None:
     assert groups["dp"] == Placement(48, 48, 1)  # one rank of each node
     assert groups["pp"] == Placement(2, 2, 1)
     assert placements(1, 1, 48, 1, 1, 1, 1, 8)["dp"] == Placement(48, 6, 8)
+    # Of four stages in two nodes, the second hands over to another node; a replica of three ranks straddles them.
+    assert placements(4, 1, 1, 4, 1, 4, 1, 8)["pp"] == Placement(2, 2, 1)
+    assert placements(4, 1, 1, 2, 1, 4, 1, 8)["pp"] == Placement(2, 1, 2)
+    assert placements(4, 1, 1, 4, 1, 4, 1, 8)["ends"] == Placement(2, 2, 1)
+    assert placements(2, 1, 3, 4, 1, 2, 1, 8)["dp"] == Placement(3, 2, 1)
+    assert placements(8, 1, 1, 1, 1, 8, 1, 8)["pp"] == Placement(1, 1, 1)
     # TP=6 on nodes of 8 straddles nodes; the worst group counts.
     assert placements(6, 1, 4, 1, 1, 6, 1, 8)["tp"].domains == 2

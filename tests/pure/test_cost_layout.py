@@ -88,6 +88,15 @@ def test_why_a_layout_cannot_run(text: str, said: str) -> None:
     assert said in "; ".join(problems)
 
 
+def test_context_parallelism_trains_with_fused_attention_alone() -> None:
+    wide = replace(MODEL, d=512)
+    problems = shape_problems(Share(wide, Layout.parse("tp=2,cp=2"), TRAIN))
+    assert problems == ["context parallelism trains with fused attention alone, which ends at head dimension 256"]
+    assert shape_problems(Share(wide, Layout.parse("tp=2,cp=2"), Workload("forward", 64, 32))) == []
+    narrow = Layout.parse("grid=2x2,cp=2,exchange=local")
+    assert shape_problems(Share(wide, narrow, TRAIN)) == []
+
+
 def test_sizes_that_do_run_have_no_problems() -> None:
     for text in ("tp=8", "grid=4x2,mbs=2", "grid=1x8,exchange=scores", "pp=4,vpp=2,mbs=8", "cp=2,tp=2,sp", "pp=3"):
         assert shape_problems(Share(MODEL, Layout.parse(text), TRAIN)) == [], text
@@ -98,7 +107,9 @@ def test_sizes_that_do_run_have_no_problems() -> None:
     [
         ("tp=2,ep=3", "train", "8 experts do not divide over ep=3"),
         ("tp=2,ep=4", "train", "ep=4 does not divide the 2 ranks of a pipeline stage"),
-        ("tp=2,ep=2", "train", "Megatron-Core trains MoE under TP only with sequence parallelism"),
+        ("tp=2,ep=2", "train", "Megatron-Core runs MoE under TP only with sequence parallelism"),
+        ("tp=2,ep=2", "forward", "Megatron-Core runs MoE under TP only with sequence parallelism"),
+        ("tp=2,cp=2,ep=2,moe=deepspeed", "train", "cannot do context parallelism (cp=2)"),
         ("grid=1x2,mbs=2,exchange=scores", "decode", "has no key/value cache; decode needs batch"),
         ("tp=2,sp", "decode", "decode has one position per sequence"),
         ("dp=2,recompute=full", "forward", "recompute and zero concern training only"),
@@ -107,6 +118,17 @@ def test_sizes_that_do_run_have_no_problems() -> None:
 def test_why_experts_or_decode_cannot_run(text: str, mode: str, said: str) -> None:
     model = replace(MODEL, experts=8, top_k=2)
     assert said in "; ".join(shape_problems(Share(model, Layout.parse(text), Workload(mode, 64, 32))))
+
+
+def test_experts_and_the_dense_layers_between_them_have_their_own_rules() -> None:
+    mixed = replace(MODEL, experts=12, moe_every=2, ffn=250)
+    workload = Workload("train", 64, 36)
+    said = "; ".join(shape_problems(Share(mixed, Layout.parse("tp=4,dp=3,ep=6,moe=deepspeed"), workload)))
+    assert "DeepSpeed-MoE needs ep=6 to divide TP=4 or to be a multiple of it" in said
+    assert "MLP width 250 does not divide over TP=4" in said
+    only_experts = replace(mixed, moe_every=1)
+    fine = Layout.parse("tp=4,dp=3,ep=4,moe=deepspeed")
+    assert shape_problems(Share(only_experts, fine, workload)) == []
 
 
 def test_communication_overlap_ends_with_the_node() -> None:

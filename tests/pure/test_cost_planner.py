@@ -98,6 +98,19 @@ def test_megatron_flags_say_the_layout() -> None:
     )
 
 
+def test_flags_of_experts_and_sharding_say_what_is_priced() -> None:
+    model = ModelShape("moe", 2, 1024, 8, 8, 128, 4096, vocab=1000, experts=4)
+    both = {
+        moe: " ".join(megatron_flags(predict(model, Layout.parse(f"tp=2,sp,ep=2,mbs=2,moe={moe}"), TRAIN, H100)))
+        for moe in ("megatron", "deepspeed")
+    }
+    assert "--moe-grouped-gemm" in both["megatron"] and "--moe-backend" not in both["megatron"]
+    assert "--moe-backend deepspeed --moe-expert-capacity-factor 1" in both["deepspeed"]
+    assert all("--vocab-size 1000" in flags for flags in both.values())
+    full = " ".join(megatron_flags(predict(MODEL, Layout.parse("dp=4,mbs=2,zero=full"), TRAIN, H100)))
+    assert "--use-torch-fsdp2" in full and "--use-distributed-optimizer" not in full
+
+
 def test_deepspeed_config_says_the_layout() -> None:
     found = predict(MODEL, Layout.parse("grid=2x2,exchange=batch,dp=2,mbs=4"), TRAIN, H100)
     assert deepspeed_config(found) == {

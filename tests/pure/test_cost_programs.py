@@ -8,7 +8,7 @@ import pytest
 
 from hp_plugin.cost.ends_program import embedding, head
 from hp_plugin.cost.exchange_program import exchanged
-from hp_plugin.cost.gradients import bucket_parameters, chunk_sync, end_of_step
+from hp_plugin.cost.gradients import bucket_parameters, chunk_sync, end_of_step, optimizer_bytes
 from hp_plugin.cost.layer_program import attention_backward, attention_forward, layer, mlp_forward
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape
@@ -116,6 +116,8 @@ def test_stock_beyond_the_key_value_heads_gathers_all_of_qkv() -> None:
     whole = 24 * 4 * (12 + 12) * 20 * 2
     assert ("all_gather", "tp", whole) in listed(attention_forward(mine))
     assert ("reduce_scatter", "tp", whole) in listed(attention_backward(mine))
+    names = [kernel.name for block in attention_forward(mine) for kernel in block.kernels]
+    assert names.index("join gathered qkv") < names.index("rotary embedding")
     grid = share("grid=6x2,exchange=batch,mbs=4")
     stock_bytes = received(attention_forward(mine), sizes(mine))["tp"]
     grid_bytes = sum(received(attention_forward(grid), sizes(grid)).values())
@@ -128,6 +130,11 @@ def test_context_parallel_ring_by_hand() -> None:
     sends = [each for each in listed(attention_forward(mine)) if each[1] == "cp"]
     # k and v of 3 groups of 20 channels, 16 positions, 2 samples, 2 bytes, passed on twice.
     assert sends == [("send_recv", "cp", 2 * 3 * 20 * 16 * 2 * 2)] * 2
+    # A grid's rank has half of the samples in `batch`, half of the channels in `local`.
+    for exchange in ("batch", "local"):
+        grid = share(f"grid=2x2,cp=3,mbs=2,exchange={exchange}", seq=48)
+        sends = [each for each in listed(attention_forward(grid)) if each[1] == "cp"]
+        assert sends == [("send_recv", "cp", 2 * 3 * 20 * 16 * 2 * 2 / 2)] * 2, exchange
 
 
 def test_unfused_attention_beyond_256_channels_in_training_only() -> None:
@@ -171,6 +178,30 @@ def test_megatron_experts_by_hand() -> None:
     assert backward == [trade, trade, gates]
 
 
+def test_without_sequence_parallelism_megatron_routes_the_same_tokens_on_every_rank() -> None:
+    mine = share("tp=4,ep=4,mbs=96", MOE, mode="decode", batch=96)
+    trades = [each for each in listed(layer(mine, moe=True).forward) if each[0] == "all_to_all" and each[2] > 4 * 192]
+    assert trades == [("all_to_all", "ep", 96 * 2 * 40 * 2)] * 2
+    deepspeed = share("tp=4,ep=4,mbs=96,moe=deepspeed", MOE, mode="decode", batch=96)
+    trades = [each for each in listed(layer(deepspeed, moe=True).forward) if each[0] == "all_to_all"]
+    assert trades == [("all_to_all", "ep", 96 * 2 * 40 * 2 / 4)] * 2
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_deepspeeds_own_operators_touch_every_token_on_every_rank(k: int) -> None:
+    """In hidden sizes of 16 bit, as counted on deepspeed 0.19.8: 24 (k = 1) and 36 (k = 2) forward, 32 and 49 back."""
+    mine = share("tp=4,ep=4,mbs=4,moe=deepspeed", replace(MOE, top_k=k))
+    passes = layer(mine, moe=True)
+    for program, names, measured in (
+        (passes.forward, ("encode tokens", "decode tokens"), {1: 24.2, 2: 35.9}[k]),
+        (passes.backward, ("decode gradients", "encode gradients"), {1: 32.2, 2: 49.4}[k]),
+    ):
+        streams = [kernel for block in program for kernel in block.kernels if kernel.name in names]
+        counted = sum(kernel.bytes for kernel in streams) / mine.hidden_bytes  # type: ignore[union-attr]
+        # The router's own product and its gradients are priced apart: 1 and 2 hidden sizes.
+        assert counted == pytest.approx(measured - {1: 1, 2: 1}[k], rel=0.12)
+
+
 def test_deepspeed_experts_gather_what_tensor_ranks_split() -> None:
     mine = share("tp=4,ep=4,mbs=4,moe=deepspeed", MOE)
     mlp = listed(layer(mine, moe=True).forward)[1:]
@@ -194,6 +225,9 @@ def test_ends_of_the_model_by_hand() -> None:
     assert listed(head(mine).forward) == [("all_reduce", "tp", 4 * 72)] * 3
     assert listed(head(mine).backward) == [("all_reduce", "tp", hidden)]
     assert operations(head(mine).forward) == 2 * 72 * 40 * 52
+    # Decode gathers the logits of its 3 new tokens instead, and draws from them on every rank.
+    assert listed(head(share("tp=2,mbs=3", mode="decode")).forward) == [("all_gather", "tp", 3 * 104 * 2)]
+    assert listed(head(share("mbs=3", mode="decode")).forward) == []
     bodiless = replace(ODD, vocab=0)
     assert embedding(share("tp=2,mbs=3", bodiless)).forward == ()
     assert operations(head(share("tp=2,mbs=3", bodiless)).forward) == 0
@@ -201,20 +235,34 @@ def test_ends_of_the_model_by_hand() -> None:
 
 def test_gradient_buckets_conserve_bytes() -> None:
     mine = share("tp=2,dp=4,mbs=1")
-    sync = chunk_sync(mine, RankParameters(170e6, 0.0))
+    sync = chunk_sync(mine, RankParameters(170e6, 0.0), 0, 0)
     assert len(sync.gradients) == round(170e6 / bucket_parameters(4)) == 4
     assert sum(each.bytes for each in sync.gradients) == pytest.approx(170e6 * 4)
     assert sum(each.bytes for each in sync.weights) == pytest.approx(170e6 * 2)
     assert {each.kind for each in sync.gradients} == {"reduce_scatter"}
-    replicated = chunk_sync(share("dp=4,mbs=1,zero=replicated"), RankParameters(1e6, 0.0))
+    # Megatron-Core cuts buckets on the first rank's first chunk alone.
+    for later in ((1, 0), (0, 1)):
+        assert len(chunk_sync(mine, RankParameters(170e6, 0.0), *later).gradients) == 1
+    replicated = chunk_sync(share("dp=4,mbs=1,zero=replicated"), RankParameters(1e6, 0.0), 0, 0)
     assert [each.kind for each in replicated.gradients] == ["all_reduce"]
     assert replicated.weights == ()
-    assert chunk_sync(share("tp=2,mbs=1"), RankParameters(1e6, 0.0)).gradients == ()
+    assert chunk_sync(share("tp=2,mbs=1"), RankParameters(1e6, 0.0), 0, 0).gradients == ()
+
+
+def test_optimizer_traffic_by_hand() -> None:
+    """Adam touches a shard; clearing (4 bytes) and scaling (8) the fp32 gradients touch all of them."""
+    chunks = [RankParameters(1e6, 0.0), RankParameters(3e6, 0.0)]
+    assert optimizer_bytes(share("tp=2,dp=4,mbs=1"), chunks) == 34 * 1e6 + 12 * 4e6
+    assert optimizer_bytes(share("tp=2,mbs=1"), chunks) == (34 + 4) * 4e6
+    assert optimizer_bytes(share("dp=4,mbs=1,zero=replicated"), chunks) == (34 + 12) * 4e6
+    assert optimizer_bytes(share("dp=4,mbs=1,zero=full"), chunks) == (34 + 4) * 1e6
+    experts = [RankParameters(1e6, 2e6)]
+    assert optimizer_bytes(share("tp=2,dp=4,ep=4,mbs=1,sp", MOE), experts) == 34 * (1e6 / 4 + 2e6 / 2) + 12 * 3e6
 
 
 def test_expert_gradients_go_over_the_experts_replicas() -> None:
     mine = share("tp=2,dp=4,ep=4,mbs=1,sp", MOE)
-    sync = chunk_sync(mine, RankParameters(1e6, 3e6))
+    sync = chunk_sync(mine, RankParameters(1e6, 3e6), 0, 0)
     assert {(each.axis, each.bytes) for each in sync.gradients} == {("dp", 4e6), ("edp", 12e6)}
 
 
@@ -222,7 +270,7 @@ def test_what_follows_the_last_backward_pass() -> None:
     tied = replace(ODD, tied=True)
     mine = share("tp=2,pp=3,mbs=1,sp", tied)
     norm = Collective("gradient norm", "all_reduce", "world", 8.0)
-    embeddings = Collective("sum tied embedding gradients", "all_reduce", "pp", 104 / 2 * 40 * 4)
+    embeddings = Collective("sum tied embedding gradients", "all_reduce", "ends", 104 / 2 * 40 * 4)
 
     def norms(count: int) -> Collective:
         return Collective("sum norm gradients", "all_reduce", "tp", count * 80 * 4)

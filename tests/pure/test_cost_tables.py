@@ -56,8 +56,10 @@ def test_gemm_rate_between_beyond_and_below_the_table() -> None:
     assert H100.gemm.rate(1, 65536, 8192, 8192) == H100.gemm.rate(1, 4096, 4096, 4096)
     # More small matrices fill the GPU as one larger one does.
     assert H100.gemm.rate(16, 1024, 1024, 1024) == pytest.approx(H100.gemm.rate(4, 4096, 1024, 1024))
-    # One row of a 128-row tile is paid for in full.
-    assert H100.gemm.rate(1, 1, 4096, 4096) == pytest.approx(H100.gemm.rate(1, 128, 4096, 4096) / 128)
+    # So do more columns.
+    assert H100.gemm.rate(1, 256, 16384, 4096) == pytest.approx(H100.gemm.rate(1, 1024, 4096, 4096))
+    # Fewer rows keep the rate: memory bounds such products.
+    assert H100.gemm.rate(1, 1, 4096, 4096) == pytest.approx(H100.gemm.rate(1, 256, 4096, 4096))
 
 
 def test_a_products_time_never_falls_when_a_side_grows() -> None:
@@ -71,8 +73,10 @@ def test_a_products_time_never_falls_when_a_side_grows() -> None:
 
 def test_a_thin_product_is_bound_by_memory() -> None:
     # One row against a 8192 × 8192 matrix of 16-bit weights: 2 · 8192² bytes and two vectors at 3.0 TB/s.
-    seconds = Pricer(H100, {}, itemsize=2).kernel(Gemm("g", 1, 8192, 8192))
-    assert seconds >= (2 * 8192**2 + 4 * 8192) / 3.0e12
+    pricer = Pricer(H100, {}, itemsize=2)
+    streaming = (2 * 8192**2 + 4 * 8192) / 3.0e12
+    assert pricer.kernel(Gemm("g", 1, 8192, 8192)) == pytest.approx(streaming + H100["kernel_gap_s"])
+    assert pricer.kernel(Gemm("g", 256, 8192, 8192)) > 1.2 * streaming
     # Accumulating into fp32 reads and writes 8 bytes per result instead of writing 2.
     assert Gemm("g", 3, 5, 7, accumulate=True).bytes(2) - Gemm("g", 3, 5, 7).bytes(2) == 6 * 3 * 5
 
@@ -152,9 +156,9 @@ def test_small_products_are_padded_to_a_tile_only_where_nothing_small_was_measur
     def table(sides: tuple[int, ...]) -> GemmTable:
         return GemmTable([(1, m, n, k, 1e12) for m in sides for n in sides for k in sides], "test")
 
-    assert table((256, 512)).rate(1, 32, 512, 512) == pytest.approx(1e12 * 32 / 128)
-    assert table((16, 512)).rate(1, 32, 512, 512) == pytest.approx(1e12)
-    assert table((16, 512)).rate(1, 8, 4, 512) == pytest.approx(1e12 * 8 / 16 * 4 / 16)
+    assert table((256, 512)).rate(1, 512, 32, 512) == pytest.approx(1e12 * 32 / 128)
+    assert table((16, 512)).rate(1, 512, 32, 512) == pytest.approx(1e12)
+    assert table((16, 512)).rate(1, 8, 4, 512) == pytest.approx(1e12 * 4 / 16)
 
 
 @pytest.mark.parametrize(
