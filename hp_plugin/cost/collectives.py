@@ -90,7 +90,7 @@ class Collectives:
 
     def _nearest(self, kind: str, ranks: int, domains: int) -> tuple[str, int, int]:
         known = [key for key in self._curves if key[0] == kind]
-        return min(known, key=lambda key: (abs(key[2] - domains), abs(log2(key[1] / ranks)), key[1]))
+        return min(known, key=lambda key: (abs(log2(key[2] / domains)), abs(log2(key[1] / ranks)), key[1]))
 
     def _measured_within(self, kind: str) -> list[int]:
         """Group sizes measured within one domain, smallest first."""
@@ -124,7 +124,7 @@ class Collectives:
         exact = self._curves.get((kind, group.size, group.domains))
         if exact is not None and group.size == group.per_domain * group.domains:
             return exact.seconds(size)
-        key = self._nearest(kind, group.size, 2)
+        key = self._nearest(kind, group.size, group.domains)
         curve = self._curves[key]
         reference = Placement(key[1], key[2], key[1] // key[2])
         wire = wire_factor(kind, group.size) / self._bus_bandwidth(kind, group, curve, reference)

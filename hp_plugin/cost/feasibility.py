@@ -63,6 +63,8 @@ def _batch(share: Share) -> list[str]:
 def _features(share: Share) -> list[str]:
     model, layout, workload = share.model, share.layout, share.workload
     said = []
+    if 0 < model.learned_positions < workload.seq:
+        said.append(f"{workload.seq} positions are more than the model's {model.learned_positions} learned ones")
     if layout.tp_overlap and not layout.sp:
         said.append("tp_overlap (--tp-comm-overlap) needs sequence parallelism")
     if workload.mode == "decode" and (layout.sp or layout.cp > 1 or layout.vpp > 1):
@@ -93,6 +95,8 @@ def _features(share: Share) -> list[str]:
 
 def _exchange(share: Share) -> list[str]:
     layout, workload = share.layout, share.workload
+    if workload.mode == "decode" and layout.n > 1 and layout.grid and layout.grid.exchange in ("sequence", "scores"):
+        return [f"exchange `{layout.grid.exchange}` has no key/value cache; decode needs batch"]
     try:
         name = share.exchange
     except ValueError as error:
@@ -111,7 +115,7 @@ def _exchange(share: Share) -> list[str]:
 def memory_problem(needed: Memory, hardware: Hardware, capacity: float | None = None) -> str | None:
     """Why the model does not fit into a device's memory (or into `capacity` bytes of it), or None."""
     whole = capacity if capacity is not None else hardware["memory_bytes"]
-    free = whole - hardware["reserved_bytes"]
+    free = max(0.0, whole - hardware["reserved_bytes"])
     if needed.total <= free:
         return None
     parts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,20 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], x: str, pat
     pyplot.close(figure)
 
 
+def require_matplotlib() -> None:
+    """Says how to get it where it is missing.
+
+    Raises:
+        ValueError: it is.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("drawing needs matplotlib: pip install matplotlib (or hp-plugin[plot])")
+
+
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("drawing needs matplotlib: pip install matplotlib (or hp-plugin[plot])") from None
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

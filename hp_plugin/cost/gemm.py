@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import product
-from math import exp, log, log2
+from math import exp, inf, log, log2
 from pathlib import Path
 
 TILE = 128
@@ -32,7 +32,7 @@ class GemmTable:
         self._log_rate: dict[tuple[int, ...], float] = {}
         for *shape, rate in rows:
             key = tuple(int(size) for size in shape)
-            if min(*key, rate) <= 0:
+            if min(key) <= 0 or not 0 < rate < inf:
                 raise ValueError(f"GEMM table: batch, m, n, k and rate must be positive, got {(*key, rate)}")
             if key in self._log_rate:
                 raise ValueError(f"GEMM table: shape {key} is given twice")
@@ -53,7 +53,7 @@ class GemmTable:
         Raises:
             ValueError: a column is missing or a line is malformed; the message names the line.
         """
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [name for name in (*_AXES, "tflops") if name not in (reader.fieldnames or [])]
             if missing:
@@ -68,7 +68,10 @@ class GemmTable:
                         f"{path}, line {reader.line_num}: expected four integers and a number, got "
                         f"{','.join(str(value) for value in record.values())}"
                     ) from None
-        return cls(rows, str(path))
+        try:
+            return cls(rows, str(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @property
     def peak(self) -> float:

@@ -15,29 +15,8 @@ from hp_plugin.cost.attention_rate import AttentionKernel, Occupancy
 from hp_plugin.cost.collectives import Collectives, Links
 from hp_plugin.cost.curve import TimeCurve
 from hp_plugin.cost.gemm import GemmTable
-from hp_plugin.cost.parameter import Parameter
-
-PARAMETERS = {
-    "memory_bytes": "device memory",
-    "reserved_bytes": "memory that the model cannot have (context, communication buffers, fragmentation)",
-    "hbm_bytes_per_s": "memory bandwidth that kernels reach",
-    "peak_flops": "dense 16-bit peak, operations per second",
-    "multiprocessors": "streaming multiprocessors",
-    "collective_multiprocessors": "multiprocessors that a collective takes from kernels it overlaps",
-    "unfused_efficiency": "share of memory bandwidth that the softmax kernels of unfused attention reach",
-    "kernel_gap_s": "idle time between two kernels",
-    "gemm_efficiency": "rate of matrix products in a running model over their rate alone (clocks, power, cold caches)",
-    "gemm_scale": "GEMM rate over the table's",
-    "attention_scale": "fused attention rate over the table's",
-    "collective_scale": "bandwidth within a domain over the curves'",
-    "domain": "GPUs in one fast-link domain",
-    "nic_bytes_per_s": "network bandwidth of one GPU",
-    "step_s": "latency of one more rank in a ring, within a domain",
-    "network_step_s": "latency of one more domain in a ring",
-    "tree_step_s": "latency of a doubling of the domains in a tree",
-    "many_domains_bytes_per_s": "all-reduce bus bandwidth over more than two full domains",
-}
-"""Every number a machine description has to give, and its meaning; SI units."""
+from hp_plugin.cost.json_file import read_object
+from hp_plugin.cost.parameter import PARAMETERS, Parameter, read_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +79,8 @@ def load_hardware(name: str) -> Hardware:
     if name in entries:
         return _build(name, entries[name], None)
     path = Path(name)
-    if path.suffix == ".json" or path.exists():
-        try:
-            entry = json.loads(path.read_text())
-        except OSError as error:
-            raise ValueError(f"hardware file {name}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"hardware file {name}, line {error.lineno}: not JSON ({error.msg})") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"hardware file {name}: expected one JSON object, got {type(entry).__name__}")
-        return _build(path.stem, entry, path.parent)
+    if path.suffix == ".json" or path.is_file():
+        return _build(path.stem, read_object(path, "hardware file"), path.parent)
     near = get_close_matches(name, entries, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"unknown hardware {name!r}: choose from {', '.join(entries)} or give a .json file{hint}")
@@ -132,26 +103,19 @@ def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware
     if unknown:
         raise ValueError(f"hardware {name}: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
     entry = _inherited(name, entry)
-    given = entry.get("parameters", {})
-    if not isinstance(given, Mapping):
-        raise ValueError(f"hardware {name}, parameters: expected an object, got {given!r}")
-    for field in given:
-        if field not in PARAMETERS:
-            near = get_close_matches(field, PARAMETERS, n=1)
-            raise ValueError(
-                f"hardware {name}: unknown parameter {field!r}" + (f"; did you mean {near[0]}?" if near else "")
-            )
-    missing = [field for field in PARAMETERS if field not in given]
+    missing = [field for field in PARAMETERS if field not in entry["parameters"]]
     missing += [field for field in ("gemm", "attention", "kernels", "collectives") if field not in entry]
     if missing:
         raise ValueError(f"hardware {name}: missing {', '.join(missing)} (or name a machine in based_on to inherit)")
-    parameters = {field: Parameter.from_json(f"hardware {name}, {field}", given[field]) for field in PARAMETERS}
+    parameters = read_parameters(name, entry["parameters"])
     try:
-        gemm = _table(entry["gemm"], folder)
-        attention = _table(entry["attention"], folder)
-        curves = _table(entry["collectives"], folder)
+        gemm = _table("gemm", entry["gemm"], folder)
+        attention = _table("attention", entry["attention"], folder)
+        curves = _table("collectives", entry["collectives"], folder)
         table = GemmTable(((*row[:4], row[4] * 1e12) for row in gemm["rows"]), str(gemm["source"]))
         kernels = _kernels(attention, int(parameters["multiprocessors"].value))
+        if not isinstance(entry["kernels"], list):
+            raise ValueError(f"hardware {name}, kernels: expected a list of names, got {entry['kernels']!r}")
         order = tuple(str(kernel) for kernel in entry["kernels"])
         for kernel in order:
             if kernel not in kernels:
@@ -174,23 +138,30 @@ def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware
 
 
 def _inherited(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    own = entry.get("parameters", {})
+    if not isinstance(own, Mapping):
+        raise ValueError(f"hardware {name}, parameters: expected an object, got {own!r}")
     base = entry.get("based_on")
     if base is None:
-        return entry
-    if base not in _shipped_entries():
+        return {**entry, "parameters": own}
+    if not isinstance(base, str) or base not in _shipped_entries():
         raise ValueError(f"hardware {name}: based_on {base!r} is none of {', '.join(_shipped_entries())}")
     parent = _inherited(base, _shipped_entries()[base])
     merged = {**parent, **{key: value for key, value in entry.items() if key != "based_on"}}
-    merged["parameters"] = {**parent["parameters"], **entry.get("parameters", {})}
+    merged["parameters"] = {**parent["parameters"], **own}
     return merged
 
 
-def _table(reference: object, folder: Path | None) -> Any:
-    if isinstance(reference, str):
-        if folder is not None and (folder / reference).exists():
-            return json.loads((folder / reference).read_text())
+def _table(what: str, reference: object, folder: Path | None) -> Any:
+    """A table written in place, in a file beside the description, or in the package."""
+    if not isinstance(reference, str):
+        return reference
+    if folder is not None and (folder / reference).exists():
+        return read_object(folder / reference, f"{what} table")
+    try:
         return package_json(reference)
-    return reference
+    except OSError:
+        raise ValueError(f"no {what} table {reference!r}, neither beside the description nor in the package") from None
 
 
 def _kernels(table: Mapping[str, Any], multiprocessors: int) -> dict[str, AttentionKernel]:
@@ -209,6 +180,10 @@ def _collectives(table: Mapping[str, Any], parameters: Mapping[str, Parameter]) 
     for entry in table["curves"]:
         # Faster links shorten a transfer, not its latency.
         factor = within if int(entry["nodes"]) == 1 else across
+        if not entry["points"]:
+            raise ValueError(
+                f"{entry['collective']}, {entry['ranks']} ranks: a curve needs points of (bytes, microseconds)"
+            )
         latency = min(micros for _, micros in entry["points"])
         points = [
             (float(size), (latency + max(0.0, micros - latency) * factor) * 1e-6) for size, micros in entry["points"]

@@ -24,8 +24,11 @@ def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
     if not model.dropout:
         flags += ["--attention-dropout 0", "--hidden-dropout 0"]
     flags += [f"--vocab-size {model.vocab}"] if model.vocab else []
-    flags += [f"--seq-length {workload.seq}", f"--max-position-embeddings {workload.seq}"]
-    flags += [f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {workload.global_batch}", f"--{dtype}"]
+    flags += [f"--seq-length {workload.seq}"]
+    flags += [f"--max-position-embeddings {max(workload.seq, model.learned_positions)}", f"--{dtype}"]
+    if workload.training:
+        flags += [f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {workload.global_batch}"]
+        flags += ["--grad-reduce-in-bf16"] if dtype == "bf16" and workload.grad_itemsize == 2 else []
     return flags + _parallel_flags(prediction) + _expert_flags(prediction)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hp_plugin.cost import hugging_face
 from hp_plugin.cost.hardware import package_json
+from hp_plugin.cost.json_file import read_object
+
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class ModelShape:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {value!r}")
+        if self.layers > MAX_LAYERS:
+            raise ValueError(f"model {self.name}: {self.layers} layers; models of up to {MAX_LAYERS} are planned")
         if self.h % self.g:
             raise ValueError(f"model {self.name}: h={self.h} query heads are no multiple of g={self.g} key/value heads")
         if self.experts and self.top_k > self.experts:
@@ -130,7 +135,7 @@ def presets() -> dict[str, str]:
 
 
 def load_model(text: str) -> ModelShape:
-    """A shipped model by name, one from a JSON file, or one written as `layers=4,D=8192,...`.
+    """A shipped model by name, one from a JSON file (of these fields, or Hugging Face's), or `layers=4,D=8192,...`.
 
     `name,key=value,...` changes a shipped model. d defaults to D/h, g to h, ffn to 4·D.
 
@@ -144,22 +149,25 @@ def load_model(text: str) -> ModelShape:
     if "=" in first:
         return _from_fields("custom", _pairs(text))
     path = Path(first)
-    if path.suffix == ".json" or path.exists():
-        try:
-            entry = json.loads(path.read_text())
-        except OSError as error:
-            raise ValueError(f"model file {first}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"model file {first}, line {error.lineno}: not JSON ({error.msg})") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"model file {first}: expected one JSON object")
-        return _from_fields(path.stem, {**_shape(entry), **_pairs(rest)})
+    if path.suffix == ".json" or path.is_file():
+        found = read_object(path, "model file")
+        if hugging_face.MARK in found:
+            name = path.parent.name if path.stem == "config" else path.stem
+            return _from_fields(name or path.stem, {**_hugging_face(path, found), **_pairs(rest)})
+        return _from_fields(path.stem, {**_shape(found), **_pairs(rest)})
     near = get_close_matches(first, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"unknown model {first!r}: choose from {', '.join(known)}, give a .json file, or write "
         f"layers=..,D=..,h=..{hint}"
     )
+
+
+def _hugging_face(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return hugging_face.shape_of(found)
+    except ValueError as error:
+        raise ValueError(f"model file {path}: {error}") from None
 
 
 def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,6 +180,8 @@ def _pairs(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"model: expected key=value, got {part!r}")
+        if key.strip() in values:
+            raise ValueError(f"model: {key.strip()} is given twice")
         if value.lower() in ("true", "false"):
             values[key.strip()] = value.lower() == "true"
             continue
@@ -189,9 +199,9 @@ def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
             near = get_close_matches(key, allowed, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"model {name}: unknown field {key!r}{hint}")
-        if (allowed[key] == "bool") != isinstance(value, bool):
-            wanted = "true or false" if allowed[key] == "bool" else "an integer"
-            raise ValueError(f"model {name}: {key} takes {wanted}, got {value!r}")
+        wanted, said = (bool, "true or false") if allowed[key] == "bool" else (int, "an integer")
+        if type(value) is not wanted:
+            raise ValueError(f"model {name}: {key} takes {said}, got {value!r}")
     missing = [key for key in ("layers", "D", "h") if key not in values]
     if missing:
         raise ValueError(f"model {name}: missing {', '.join(missing)}")
@@ -199,7 +209,7 @@ def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
     h, hidden = full["h"], full["D"]
     full.setdefault("g", h)
     if "d" not in full:
-        if hidden % h:
+        if h < 1 or hidden % h:
             raise ValueError(f"model {name}: D={hidden} is no multiple of h={h}: give d")
         full["d"] = hidden // h
     full.setdefault("ffn", 4 * hidden)

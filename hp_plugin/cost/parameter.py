@@ -4,7 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isfinite
 from typing import Any
+
+PARAMETERS = {
+    "memory_bytes": "device memory",
+    "reserved_bytes": "memory that the model cannot have (context, communication buffers, fragmentation)",
+    "hbm_bytes_per_s": "memory bandwidth that kernels reach",
+    "peak_flops": "dense 16-bit peak, operations per second",
+    "multiprocessors": "streaming multiprocessors",
+    "collective_multiprocessors": "multiprocessors that a collective takes from kernels it overlaps",
+    "unfused_efficiency": "share of memory bandwidth that the softmax kernels of unfused attention reach",
+    "kernel_gap_s": "idle time between two kernels",
+    "gemm_efficiency": "rate of matrix products in a running model over their rate alone (clocks, power, cold caches)",
+    "gemm_scale": "GEMM rate over the table's",
+    "attention_scale": "fused attention rate over the table's",
+    "collective_scale": "bandwidth within a domain over the curves'",
+    "domain": "GPUs in one fast-link domain",
+    "nic_bytes_per_s": "network bandwidth of one GPU",
+    "step_s": "latency of one more rank in a ring, within a domain",
+    "network_step_s": "latency of one more domain in a ring",
+    "tree_step_s": "latency of a doubling of the domains in a tree",
+    "many_domains_bytes_per_s": "all-reduce bus bandwidth over more than two full domains",
+}
+"""Every number a machine description has to give, and its meaning; SI units."""
+
+_SHARES = ("unfused_efficiency", "gemm_efficiency")
+_WHOLE = ("multiprocessors", "collective_multiprocessors", "domain")
 
 KINDS = {
     "measured": "published measurement",
@@ -40,8 +67,37 @@ class Parameter:
         if missing:
             raise ValueError(f"{name}: missing {', '.join(missing)}")
         value = fields["value"]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not value > 0 or not isfinite(value):
             raise ValueError(f"{name}: value must be a positive number, got {value!r}")
         if fields["kind"] not in KINDS:
             raise ValueError(f"{name}: kind {fields['kind']!r} is none of {', '.join(KINDS)}")
         return cls(float(value), str(fields["kind"]), str(fields["source"]))
+
+
+def read_parameters(machine: str, given: Mapping[str, object]) -> dict[str, Parameter]:
+    """All of `PARAMETERS` from a machine's description, which has them all.
+
+    Raises:
+        ValueError: a name that is none, a malformed figure, a share above 1, a count that is not whole, or collectives
+            that leave no multiprocessor for kernels.
+    """
+    for field in given:
+        if field not in PARAMETERS:
+            near = get_close_matches(field, PARAMETERS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"hardware {machine}: unknown parameter {field!r}{hint}")
+    read = {field: Parameter.from_json(f"hardware {machine}, {field}", given[field]) for field in PARAMETERS}
+    for field in _SHARES:
+        if read[field].value > 1:
+            raise ValueError(f"hardware {machine}, {field}: a share is at most 1, got {read[field].value:g}")
+    for field in _WHOLE:
+        if not read[field].value.is_integer():
+            raise ValueError(f"hardware {machine}, {field}: must be a whole number, got {read[field].value:g}")
+    all_of_them, taken = read["multiprocessors"].value, read["collective_multiprocessors"].value
+    if taken >= all_of_them:
+        raise ValueError(
+            f"hardware {machine}, collective_multiprocessors: {taken:g} of {all_of_them:g} multiprocessors leave none "
+            "for kernels"
+        )
+    return read

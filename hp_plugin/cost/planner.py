@@ -17,6 +17,8 @@ from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.share import Share
 from hp_plugin.cost.workload import Workload
 
+MAX_GPUS = 65_536
+
 
 @dataclass
 class Plan:
@@ -54,10 +56,11 @@ def make_plan(
     Raises:
         ValueError: no layout fits; the message says what each kind of refusal lacks.
     """
-    if gpus < 1:
-        raise ValueError(f"--gpus must be at least 1, got {gpus}")
+    if not 1 <= gpus <= MAX_GPUS:
+        raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {gpus}")
     plan = Plan()
-    for layout in candidates(model, gpus, workload, search or Search()):
+    search = search or Search()
+    for layout in candidates(model, gpus, workload, search):
         try:
             found = fitting(model, layout, workload, hardware, capacity)
         except ValueError as error:
@@ -65,8 +68,16 @@ def make_plan(
             continue
         plan.found.append(found)
     if not plan.found:
-        raise ValueError(_nothing_fits(model, gpus, workload, plan.refused))
-    plan.found.sort(key=lambda found: (-found.tokens_per_s, str(found.layout)))
+        raise ValueError(_nothing_fits(model, gpus, workload, search, plan.refused))
+    # Of equals, the model's own function and what needs no plugin come first.
+    plan.found.sort(
+        key=lambda found: (
+            -round(found.tokens_per_s, 3),
+            bool(found.layout.grid and not found.layout.grid.exact),
+            found.layout.grid is not None,
+            str(found.layout),
+        )
+    )
     return plan
 
 
@@ -98,12 +109,21 @@ def _recomputations(model: ModelShape, layout: Layout, workload: Workload) -> It
     return ("none", "full") if is_fused(width, True) else ("none", "selective", "full")
 
 
-def _nothing_fits(model: ModelShape, gpus: int, workload: Workload, refused: list[tuple[Layout, str]]) -> str:
+def _nothing_fits(
+    model: ModelShape, gpus: int, workload: Workload, search: Search, refused: list[tuple[Layout, str]]
+) -> str:
+    batch = (
+        f"global batch {workload.global_batch} must be a multiple of the data-parallel size (try --global-batch "
+        f"{max(1, workload.global_batch // gpus) * gpus})"
+    )
     if not refused:
-        return (
-            f"no layout of {model.name} divides over {gpus} GPUs: global batch {workload.global_batch} must be a "
-            "multiple of the data-parallel size"
-        )
+        if search.micro_batches is not None:
+            return (
+                f"no layout of {model.name} on {gpus} GPUs has --micro-batches {search.micro_batches}: it must divide "
+                f"what global batch {workload.global_batch} leaves every replica, into at most "
+                f"{search.max_micro_batch} sequences each (--max-micro-batch)"
+            )
+        return f"no layout of {model.name} divides over {gpus} GPUs: {batch}"
     memory = [said for _, said in refused if said.startswith("needs ")]
     if memory:
         least = min(memory, key=lambda said: float(said.split()[1]))
@@ -112,4 +132,4 @@ def _nothing_fits(model: ModelShape, gpus: int, workload: Workload, refused: lis
             f"{least}; use more GPUs, a smaller model or --memory-gb"
         )
     reasons = sorted({said for _, said in refused}, key=len)
-    return f"no layout of {model.name} runs on {gpus} GPUs: {reasons[0]}"
+    return f"no layout of {model.name} runs on {gpus} GPUs: {reasons[0]}; or {batch}"

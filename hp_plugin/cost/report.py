@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from hp_plugin.cost.hardware import PARAMETERS, Hardware
+from hp_plugin.cost.gradients import chunk_sync, end_of_step
+from hp_plugin.cost.hardware import Hardware
 from hp_plugin.cost.launch_flags import deepspeed_config, megatron_flags
 from hp_plugin.cost.layer_program import layer
-from hp_plugin.cost.parameter import KINDS
+from hp_plugin.cost.parameter import KINDS, PARAMETERS
 from hp_plugin.cost.placement import placements
 from hp_plugin.cost.planner import Plan
 from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.pricing import Pricer
-from hp_plugin.cost.program import collectives
+from hp_plugin.cost.program import Collective, collectives
 from hp_plugin.cost.share import Share
+from hp_plugin.cost.stages import build_stages, stage_parameters
 
 MARK = "≠"
 """Marks layouts that compute another function than the model's attention (`local`)."""
@@ -35,14 +38,16 @@ def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
     if any(MARK in line for line in lines):
         lines.append(f"{MARK} exchange `local` is another function than the model's attention (see docs/planner.md)")
     for label, found in _launches(plan):
-        lines += ["", f"to run the fastest {label} layout, {found.layout}:", *_wrapped(megatron_flags(found, dtype))]
-        if found.layout.pp == 1 and found.layout.cp == 1:
+        training = found.workload.training
+        what = "to run the fastest" if training else "model and layout flags of the fastest"
+        lines += ["", f"{what} {label} layout, {found.layout}:", *_wrapped(megatron_flags(found, dtype))]
+        if training and found.layout.pp == 1 and found.layout.cp == 1:
             lines.append(f"DeepSpeed: {json.dumps(deepspeed_config(found, dtype))}")
     return [*lines, *_refusals(plan)]
 
 
 def _launches(plan: Plan) -> list[tuple[str, Prediction]]:
-    stock = [("stock", found) for found in plan.exact if found.layout.grid is None][:1]
+    stock = [("stock-attention", found) for found in plan.exact if found.layout.grid is None][:1]
     return stock + [("grid", found) for found in plan.exact if found.layout.grid is not None][:1]
 
 
@@ -110,33 +115,57 @@ def explanation(found: Prediction, hardware: Hardware) -> list[str]:
             lines.append(f"  {f'({axis} collectives beside kernels)':<34}{seconds * 1e3:>12.3f} ms")
     lines += ["", "kernels (blocks by their first kernel):"]
     ranked = sorted(found.kernels.items(), key=lambda item: -item[1])
-    lines += [f"  {name:<34}{seconds * 1e3:>12.3f} ms{seconds / step:>8.1%}" for name, seconds in ranked[:14]]
+    shown, rest = ranked[:14], sum(seconds for _, seconds in ranked[14:])
+    shown += [(f"{len(ranked) - 14} others", rest)] if rest else []
+    lines += [f"  {name:<34}{seconds * 1e3:>12.3f} ms{seconds / step:>8.1%}" for name, seconds in shown]
     needed = found.memory
     lines += ["", "memory of the fullest rank:"]
     for name in ("weights", "gradients", "optimizer", "activations", "buffers", "cache"):
         lines.append(f"  {name:<34}{getattr(needed, name) / 1e9:>12.3f} GB")
     lines.append(f"  {'total':<34}{needed.total / 1e9:>12.3f} GB")
-    return [*lines, "", *_collectives(found, hardware)]
+    return [*lines, "", *_collectives(found, hardware), "", *_once(found, hardware)]
 
 
 def _collectives(found: Prediction, hardware: Hardware) -> list[str]:
-    layout = found.layout
-    share = Share(found.model, layout, found.workload)
-    groups = placements(layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain)
-    pricer = Pricer(hardware, groups, share.e, layout.fused)
+    share = Share(found.model, found.layout, found.workload)
     passes = layer(share, bool(found.model.experts))
     lines = ["collectives of one layer and micro-batch (time alone, without overlap):"]
     for label, program in (("forward", passes.forward), ("backward", passes.backward)):
         if label == "backward" and not found.workload.training:
             continue
-        for each in collectives(program):
-            group = groups[each.axis]
-            if group.size > 1:
-                lines.append(
-                    f"  {label:<9}{each.name:<34}{each.kind:<15}{each.axis:<5}{group.size:>4} ranks in "
-                    f"{group.domains} domain(s){each.bytes / 1e6:>12.3f} MB{pricer.collective(each) * 1e3:>10.4f} ms"
-                )
+        lines += _listed(found, hardware, label, collectives(program))
     return lines if len(lines) > 1 else [*lines, "  none"]
+
+
+def _once(found: Prediction, hardware: Hardware) -> list[str]:
+    """What the first pipeline rank exchanges once per step, beside the passes or after them."""
+    share = Share(found.model, found.layout, found.workload)
+    chunks = build_stages(found.model, found.layout)[:: found.layout.pp]
+    said: list[Collective] = []
+    for chunk, stage in enumerate(chunks):
+        sync = chunk_sync(share, stage_parameters(found.model, found.layout, stage), 0, chunk)
+        said += [*sync.gradients, *sync.weights]
+    said += end_of_step(share, chunks)
+    lines = ["collectives of one step on the first pipeline rank, gradients and weights beside the passes:"]
+    lines += _listed(found, hardware, "", said)
+    return lines if len(lines) > 1 else [*lines, "  none"]
+
+
+def _listed(found: Prediction, hardware: Hardware, label: str, program: Iterable[Collective]) -> list[str]:
+    """Collectives that move anything, with how often each occurs, its group, size and time."""
+    layout = found.layout
+    groups = placements(layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain)
+    pricer = Pricer(hardware, groups, found.workload.itemsize, layout.fused)
+    lines = []
+    for each, count in Counter(program).items():
+        group = groups[each.axis]
+        if group.size > 1:
+            name = each.name if count == 1 else f"{count} × {each.name}"
+            lines.append(
+                f"  {label:<9}{name:<34}{each.kind:<15}{each.axis:<6}{group.size:>4} ranks in {group.domains} "
+                f"domain(s){each.bytes / 1e6:>12.3f} MB{pricer.collective(each) * 1e3:>10.4f} ms"
+            )
+    return lines
 
 
 def hardware_report(hardware: Hardware) -> list[str]:

@@ -26,8 +26,9 @@ def sweep(
     hardware: Hardware,
     largest: int,
     capacity: float | None = None,
+    left_out: list[str] | None = None,
 ) -> Curves:
-    """Tokens per second of each layout at powers of two; points that cannot run or do not fit are left out.
+    """Tokens per second of each layout at powers of two; points that cannot run or do not fit go to `left_out`.
 
     `micro-batches` splits the same global batch; `seq` keeps tokens per step; `gpus` scales the batch with the GPUs
     (weak scaling) and takes the layout's data-parallel size up.
@@ -38,7 +39,7 @@ def sweep(
     if what not in KINDS:
         raise ValueError(f"unknown sweep {what!r}: choose from {', '.join(KINDS)}")
     curves: Curves = {}
-    said = ""
+    left_out = [] if left_out is None else left_out
     for layout in layouts:
         points = []
         for value in _values(what, layout, workload, largest):
@@ -46,16 +47,17 @@ def sweep(
                 changed, work = _at(what, value, layout, workload)
                 found = predict(model, changed, work, hardware)
             except ValueError as error:
-                said = str(error)
+                left_out.append(f"{what} {value}: {error}")
                 continue
             problem = memory_problem(found.memory, hardware, capacity)
             if problem is None:
                 points.append((float(value), found.tokens_per_s))
             else:
-                said = f"{changed}: {problem}"
+                left_out.append(f"{what} {value}: {changed}: {problem}")
         if points:
             curves[str(layout)] = points
     if not curves:
+        said = left_out[-1] if left_out else f"--sweep-to {largest} leaves no size to try"
         raise ValueError(f"no point of the {what} sweep can run: {said}")
     return curves
 
@@ -97,8 +99,8 @@ def representative_layouts(
     return stock + [found.layout for found in plan.exact if found.layout.grid is not None][:1]
 
 
-def report(curves: Curves, what: str) -> list[str]:
-    """A table with one column per layout, and its legend."""
+def report(curves: Curves, what: str, left_out: Sequence[str] = ()) -> list[str]:
+    """A table with one column per layout, its legend, and why points are missing."""
     values = sorted({value for points in curves.values() for value, _ in points})
     names = list(curves)
     lines = [f"[{number}] {name}" for number, name in enumerate(names, start=1)]
@@ -108,4 +110,4 @@ def report(curves: Curves, what: str) -> list[str]:
             f"{at[value]:>16,.0f}" if value in (at := dict(curves[name])) else f"{'-':>16}" for name in names
         )
         lines.append(f"{value:>14,.0f}{cells}")
-    return lines
+    return [*lines, "left out:", *(f"  {said}" for said in left_out)] if left_out else lines

@@ -29,9 +29,10 @@ from hp_plugin.bench.together import seconds_together
 from hp_plugin.cli import main
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.hardware import PARAMETERS, load_hardware
+from hp_plugin.cost.hardware import load_hardware
 from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.parameter import PARAMETERS
 from hp_plugin.cost.predict import predict
 from hp_plugin.cost.workload import Workload
 from hp_plugin.exchange.batch import BatchExchange

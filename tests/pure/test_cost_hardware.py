@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from hp_plugin.cost.hardware import PARAMETERS, load_hardware, package_json, shipped
+from hp_plugin.cost.curve import TimeCurve
+from hp_plugin.cost.hardware import load_hardware, package_json, shipped
+from hp_plugin.cost.model_shape import load_model
 from hp_plugin.cost.nccl_tests import read_nccl_tests
-from hp_plugin.cost.parameter import KINDS
+from hp_plugin.cost.parameter import KINDS, PARAMETERS
 from hp_plugin.cost.placement import Placement
 
 
@@ -67,7 +69,7 @@ def test_a_machine_described_from_nothing(tmp_path: Path) -> None:
     ]
     entry: dict[str, Any] = {
         "description": "ours",
-        "parameters": {field: figure for field in PARAMETERS},
+        "parameters": {field: figure for field in PARAMETERS} | {"multiprocessors": {**figure, "value": 2}},
         "gemm": {"kind": "user", "source": "s", "rows": [[1, 256, 256, 256, 0.5]]},
         "attention": "attention_h100.json",
         "kernels": ["fa2"],
@@ -78,6 +80,54 @@ def test_a_machine_described_from_nothing(tmp_path: Path) -> None:
     hardware = load_hardware(str(path))
     assert hardware.collectives.seconds("all_gather", 501, Placement(2, 1, 2)) == pytest.approx(15e-6)
     assert hardware.gemm.rate(1, 512, 512, 512) == pytest.approx(0.5e12)
+
+
+def machine_with(field: str, value: float) -> dict[str, Any]:
+    return {"based_on": "h100-ib", "parameters": {field: {"value": value, "kind": "user", "source": "s"}}}
+
+
+def test_another_network_changes_what_crosses_it(tmp_path: Path) -> None:
+    """Half of the network bandwidth: measured curves over two nodes and messages between nodes slow down with it."""
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps(machine_with("nic_bytes_per_s", 46.56e9 / 2)))
+    slow, fast = load_hardware(str(path)).collectives, load_hardware("h100-ib").collectives
+    for kind, group in (
+        ("all_reduce", Placement(16, 2, 8)), ("all_to_all", Placement(16, 2, 8)), ("send_recv", Placement(2, 2, 1)),
+        ("all_gather", Placement(32, 4, 8)),
+    ):  # fmt: skip
+        assert slow.seconds(kind, 2.0**30, group) / fast.seconds(kind, 2.0**30, group) == pytest.approx(2, rel=0.1), (
+            kind
+        )
+        assert slow.seconds(kind, 8, group) == pytest.approx(fast.seconds(kind, 8, group)), kind
+    inside = Placement(8, 1, 8)
+    assert slow.seconds("all_reduce", 2.0**30, inside) == fast.seconds("all_reduce", 2.0**30, inside)
+
+
+def test_a_measured_group_speaks_for_larger_ones() -> None:
+    """A slow all-reduce over 64 ranks in 8 nodes: 128 ranks in 16 nodes are not predicted faster."""
+    slow = TimeCurve.from_points([(1e6, 1e-3), (67e6, 14e-3)])
+    mine = load_hardware("h100-ib").with_curves({("all_reduce", 64, 8): slow}, "ours").collectives
+    assert mine.seconds("all_reduce", 67e6, Placement(128, 16, 8)) >= 14e-3
+    stock = load_hardware("h100-ib").collectives
+    assert mine.seconds("all_reduce", 67e6, Placement(16, 2, 8)) == stock.seconds(
+        "all_reduce", 67e6, Placement(16, 2, 8)
+    )
+
+
+def test_files_that_are_no_description_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    for content, said in (
+        (b'{"a": 1, "a": 2}', "m.json: 'a' is given twice"),
+        (b"\xff\xfe", "m.json: not UTF-8 text"),
+        (b"[" * 100_000, "m.json: not JSON that anyone would write"),
+        (b'{"a": ', "m.json, line 1: not JSON"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            load_hardware(str(path))
+        with pytest.raises(ValueError, match=said):
+            load_model(str(path))
+        load_hardware.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +153,15 @@ def test_a_machine_described_from_nothing(tmp_path: Path) -> None:
         ({"based_on": "h100-ib", "collectives": {"curves": [{"ranks": 2}]}}, "malformed table, KeyError"),
         ({"based_on": "h100-ib", "kernels": ["fa9"]}, "'fa9' is not in the attention table"),
         ([1, 2], "expected one JSON object"),
+        ({"based_on": "h100-ib", "parameters": []}, "parameters: expected an object, got"),
+        ({"based_on": ["h100-ib"]}, "based_on .* is none of"),
+        ({"based_on": "h100-ib", "kernels": "cudnn"}, "kernels: expected a list of names, got 'cudnn'"),
+        ({"based_on": "h100-ib", "gemm": "no.json"}, "no gemm table 'no.json', neither beside"),
+        (machine_with("domain", 7.5), "domain: must be a whole number, got 7.5"),
+        (machine_with("gemm_efficiency", 5), "gemm_efficiency: a share is at most 1, got 5"),
+        (machine_with("nic_bytes_per_s", float("inf")), "value must be a positive number, got inf"),
+        (machine_with("nic_bytes_per_s", float("nan")), "value must be a positive number, got nan"),
+        (machine_with("collective_multiprocessors", 132), "132 of 132 multiprocessors leave none for kernels"),
     ],
 )
 def test_malformed_machines_name_the_field(tmp_path: Path, entry: object, said: str) -> None:
@@ -159,6 +218,7 @@ def test_the_collective_can_be_named_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     path.write_text(NCCL_TESTS)
     assert read_nccl_tests(path, "reduce_scatter").kind == "reduce_scatter"
+    assert read_nccl_tests(path, "alltoall").kind == "all_to_all"  # nccl-tests' own name
     with pytest.raises(ValueError, match="no program name such as all_reduce_perf"):
         read_nccl_tests(path)
     with pytest.raises(ValueError, match="unknown collective; choose from"):
@@ -179,6 +239,53 @@ def test_malformed_nccl_tests_lines_are_named(tmp_path: Path, before: str, after
     path = tmp_path / "log.txt"
     assert before in NCCL_TESTS
     path.write_text(NCCL_TESTS.replace(before, after))
+    with pytest.raises(ValueError, match=said):
+        read_nccl_tests(path, "all_reduce")
+
+
+@pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "[1,3]<stdout>: ", "0: ", "12: "])
+def test_what_launchers_put_before_lines_is_ignored(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "log.txt"
+    text = "# Collective test starting: all_reduce_perf_mpi\n" + NCCL_TESTS
+    path.write_text("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    measured = read_nccl_tests(path)
+    assert (measured.kind, measured.ranks, measured.nodes, len(measured.curve.sizes)) == ("all_reduce", 4, 2, 2)
+
+
+def test_other_versions_columns_and_lines(tmp_path: Path) -> None:
+    """Timestamps behind the columns, no root column before 2.10, empty messages, host names that begin with digits."""
+    path = tmp_path / "log.txt"
+    stamped = NCCL_TESTS.replace("      0\n", "      0 2026-01-02 10:00:00\n")
+    old = NCCL_TESTS.replace("    root  ", "  ").replace("      -1  ", "  ")
+    empty = "     0     0     float     sum      -1" + "     0.20    0.00    0.00      0" * 2 + "\n"
+    noisy = NCCL_TESTS.replace("# Out of", empty + "10.0.0.7 NCCL INFO ring 0\n# Out of")
+    for text in (stamped, old, noisy, NCCL_TESTS.replace("\n", "\r\n")):
+        assert text != NCCL_TESTS
+        path.write_bytes(text.encode())
+        assert read_nccl_tests(path, "all_reduce").curve.seconds(16777216) == pytest.approx(200e-6)
+
+
+def test_sendrecv_over_many_ranks_is_a_pairs_curve(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("sendrecv_perf\n" + NCCL_TESTS)
+    measured = read_nccl_tests(path)
+    assert (measured.kind, measured.ranks, measured.nodes) == ("send_recv", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (NCCL_TESTS + NCCL_TESTS, "line 19: another run begins here; give every run a file of its own"),
+        (NCCL_TESTS.replace("node-b device  1", "node-a device  2"), r"unevenly \(3 on node-a, 1 on node-b\)"),
+        ("broadcast_perf\n" + NCCL_TESTS, "line 1: broadcast_perf is none of all_reduce"),
+        ("all_gather_perf\n" + NCCL_TESTS, "the file says that it is all_gather"),
+        (NCCL_TESTS.replace("  50.00", "    nan"), "line 12: size and time must be positive and finite"),
+        ("\n".join(line for line in NCCL_TESTS.splitlines() if "Rank  " not in line or "Rank  0" in line), "one rank"),
+    ],
+)
+def test_logs_that_are_no_one_run_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(text)
     with pytest.raises(ValueError, match=said):
         read_nccl_tests(path, "all_reduce")
 

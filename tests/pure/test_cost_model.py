@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,34 @@ def test_what_a_workload_cannot_be(arguments: dict[str, object], said: str) -> N
 def test_tokens_of_a_step() -> None:
     assert Workload("train", 2048, 8).tokens_per_step == 16384
     assert Workload("decode", 2048, 8).tokens_per_step == 8
+
+
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "tie_word_embeddings": False, "vocab_size": 151936,
+}  # fmt: skip
+
+
+def test_a_hugging_face_config_is_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "Qwen3-30B-A3B" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(QWEN3_MOE))
+    assert replace(load_model(str(path)), name="qwen3-30b-a3b") == load_model("qwen3-30b-a3b")
+    assert load_model(f"{path},layers=2").layers == 2
+    assert load_model(str(path)).parameters == pytest.approx(30.5e9, rel=0.01)
+    path.write_text(json.dumps(QWEN3_MOE | {"kv_lora_rank": 512}))
+    with pytest.raises(ValueError, match=r"config\.json: multi-latent attention"):
+        load_model(str(path))
+    path.write_text(json.dumps({"num_hidden_layers": 2, "hidden_size": 64}))
+    with pytest.raises(ValueError, match="without num_attention_heads"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("heads", ["32", None, 0, [32], 2.5])
+def test_sizes_that_are_no_sizes_are_named(tmp_path: Path, heads: object) -> None:
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"layers": 2, "D": 64, "h": heads}))
+    with pytest.raises(ValueError, match=r"model m: (h takes an integer|D=64 is no multiple of h=0)"):
+        load_model(str(path))

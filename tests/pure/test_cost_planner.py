@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hp_plugin.cost.candidates import Search, candidates
@@ -74,10 +76,27 @@ def test_recomputation_only_where_memory_demands_it() -> None:
 def test_a_model_that_no_layout_fits_is_told_what_it_lacks() -> None:
     with pytest.raises(ValueError, match=r"no layout of gpt3-175b \(174.6 B parameters\) fits on 8 GPUs: the smallest"):
         make_plan(load_model("gpt3-175b"), 8, Workload("train", 2048, 8), H100, Search(exchanges=("batch",)))
-    with pytest.raises(ValueError, match="no layout of m divides over 7 GPUs: global batch 16"):
+    with pytest.raises(ValueError, match="no layout of m on 7 GPUs has --micro-batches 3: it must divide what global"):
         make_plan(MODEL, 7, TRAIN, H100, Search(max_micro_batch=1, micro_batches=3))
-    with pytest.raises(ValueError, match="--gpus must be at least 1"):
-        make_plan(MODEL, 0, TRAIN, H100)
+    for gpus in (0, 10**12):
+        with pytest.raises(ValueError, match="--gpus must be between 1 and 65536"):
+            make_plan(MODEL, gpus, TRAIN, H100)
+    with pytest.raises(ValueError, match=r"no layout of m divides over 7 GPUs: .* \(try --global-batch 14\)"):
+        make_plan(MODEL, 7, TRAIN, H100, Search(tensor_parallel=(1,)))
+
+
+def test_of_equals_the_models_own_function_and_stock_come_first() -> None:
+    """In decode `local` moves nothing more than stock, so it ties."""
+    plan = make_plan(MODEL, 2, Workload("decode", 512, 8), H100, Search(("batch", "local"), tensor_parallel=(2,)))
+    tied = [found for found in plan.found if found.tokens_per_s == pytest.approx(plan.found[0].tokens_per_s, rel=1e-9)]
+    kinds = [found.layout.grid.exchange if found.layout.grid else "stock" for found in tied]
+    assert kinds == sorted(kinds, key=("stock", "batch", "local").index)
+    assert len(tied) > 1
+
+
+def test_only_asked_tensor_sizes_are_tried() -> None:
+    plan = make_plan(MODEL, 8, TRAIN, H100, Search(("batch",), tensor_parallel=(2, 8)))
+    assert {found.layout.tp for found in plan.found} | {layout.tp for layout, _ in plan.refused} == {2, 8}
 
 
 def test_megatron_flags_say_the_layout() -> None:
@@ -109,6 +128,10 @@ def test_flags_of_experts_and_sharding_say_what_is_priced() -> None:
     assert all("--vocab-size 1000" in flags for flags in both.values())
     full = " ".join(megatron_flags(predict(MODEL, Layout.parse("dp=4,mbs=2,zero=full"), TRAIN, H100)))
     assert "--use-torch-fsdp2" in full and "--use-distributed-optimizer" not in full
+    half = replace(TRAIN, grad_itemsize=2)
+    assert "--grad-reduce-in-bf16" in megatron_flags(predict(MODEL, Layout.parse("dp=4,mbs=2"), half, H100))
+    forward = predict(MODEL, Layout.parse("dp=4,mbs=2"), replace(TRAIN, mode="forward"), H100)
+    assert not any("batch-size" in flag for flag in megatron_flags(forward))
 
 
 def test_deepspeed_config_says_the_layout() -> None:
@@ -135,6 +158,8 @@ def test_reports_carry_the_numbers() -> None:
     shares = [float(line.rsplit("%", 1)[0].split()[-1]) for line in lines[4:8] if line.endswith("%")]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert any("trade qkv" in line and "all_to_all" in line for line in lines)
+    replicas = explanation(predict(MODEL, Layout.parse("dp=4,mbs=2"), TRAIN, H100), H100)
+    assert any("reduce gradients" in line and "reduce_scatter" in line for line in replicas)
 
 
 def test_every_figure_of_a_machine_is_shown_with_its_source() -> None:

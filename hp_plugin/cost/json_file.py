@@ -1,0 +1,39 @@
+"""Reads a user's JSON file, whose every mistake is named with the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file; `what` names its role in messages.
+
+    Raises:
+        ValueError: the file cannot be read, is no JSON, holds no object, or says a key twice.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except OSError as error:
+        raise ValueError(f"{what} {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} {path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise ValueError(f"{what} {path}: not JSON that anyone would write, nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what} {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} {path}: expected one JSON object, got {type(found).__name__}")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return found
