@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
-from hp_plugin.cost import reproduce, sweep, validate
+from hp_plugin.cost import kv_heads, reproduce, sweep, validate
 from hp_plugin.cost.candidates import Search
 from hp_plugin.cost.chrome_trace import write_trace
 from hp_plugin.cost.feasibility import memory_problem
-from hp_plugin.cost.figure import draw_curves, draw_timeline
+from hp_plugin.cost.figure import draw_curves, draw_timeline, require_matplotlib
 from hp_plugin.cost.gemm import GemmTable
 from hp_plugin.cost.hardware import Hardware, load_hardware, shipped
 from hp_plugin.cost.layout import Layout
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--grad-reduce-in-bf16", action="store_true", help="as in Megatron: gradients reduced in 16 bit")
     what.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="fp16: gradients reduced in 16 bit")
     search = parser.add_argument_group("which layouts")
+    search.add_argument("--tp", type=int, nargs="+", metavar="SIZE", help="only these tensor-parallel sizes")
     search.add_argument("--exchange", nargs="+", choices=tuple(RULES), default=list(RULES), help="exchanges of grids")
     search.add_argument("--tp-comm-overlap", action="store_true", help="also layouts with Megatron's --tp-comm-overlap")
     search.add_argument("--max-micro-batch", type=int, default=64)
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--sweep-to", type=int, default=4096, help="largest --sweep seq or gpus")
     out.add_argument("--validate", action="store_true", help="predicted against published measurements")
     out.add_argument("--reproduce", choices=("paper",), help="the source experiments' rows beside predictions")
+    out.add_argument("--suite", choices=("kv-heads",), help="public models at TP sizes beyond their key/value heads")
     out.add_argument("--show-hardware", action="store_true", help="every parameter of the hardware with its source")
     own = parser.add_argument_group("measurements of your own")
     own.add_argument(
@@ -77,11 +80,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(args: argparse.Namespace) -> list[str]:
+    _check(args)
     if args.validate:
         return validate.report(validate.validate())
     if args.reproduce:
         return reproduce.report()
-    _check(args)
+    if args.suite:
+        return kv_heads.report()
     hardware = _hardware(args)
     if args.show_hardware:
         return hardware_report(hardware)
@@ -94,8 +99,14 @@ def _lines(args: argparse.Namespace) -> list[str]:
         continuous=args.continuous,
     )
     capacity = args.memory_gb * 1e9 if args.memory_gb is not None else None
-    search = Search(tuple(args.exchange), args.tp_comm_overlap, args.max_micro_batch, args.micro_batches)
-    if args.explain:
+    search = Search(
+        tuple(dict.fromkeys(args.exchange)),
+        args.tp_comm_overlap,
+        args.max_micro_batch,
+        args.micro_batches,
+        tuple(args.tp) if args.tp else None,
+    )
+    if args.explain is not None:
         return _explained(
             args,
             model.name,
@@ -106,10 +117,11 @@ def _lines(args: argparse.Namespace) -> list[str]:
     if args.sweep:
         layouts = [Layout.parse(text, args.gpus) for text in args.layouts or []]
         layouts = layouts or sweep.representative_layouts(model, args.gpus, workload, hardware, search, capacity)
-        curves = sweep.sweep(args.sweep, model, layouts, workload, hardware, args.sweep_to, capacity)
+        left_out: list[str] = []
+        curves = sweep.sweep(args.sweep, model, layouts, workload, hardware, args.sweep_to, capacity, left_out)
         if args.png:
             draw_curves(curves, args.sweep, args.png)
-        return sweep.report(curves, args.sweep)
+        return sweep.report(curves, args.sweep, left_out)
     plan = make_plan(model, args.gpus, workload, hardware, search, capacity)
     if args.list_refused:
         return refused_report(plan)
@@ -136,17 +148,30 @@ def _explained(
     return lines
 
 
+_SHOWN = ("validate", "reproduce", "suite", "show_hardware", "explain", "sweep", "list_refused")
+
+
 def _check(args: argparse.Namespace) -> None:
+    asked = [f"--{name.replace('_', '-')}" for name in _SHOWN if getattr(args, name) not in (None, False)]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} show different things: ask for one at a time")
     for name in ("gpus", "top", "max_micro_batch", "sweep_to", "micro_batches", "memory_gb"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not (value > 0 and isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
-    if args.trace and not args.explain:
+    if args.trace and args.explain is None:
         raise ValueError("--trace draws one step: name its layout with --explain")
-    if args.png and not (args.explain or args.sweep):
+    if args.png and args.explain is None and not args.sweep:
         raise ValueError("--png draws a step or a sweep: add --explain or --sweep")
     if args.layouts and not args.sweep:
         raise ValueError("--layouts goes with --sweep; for one layout's step use --explain")
+    if args.layouts and len(set(args.layouts)) < len(args.layouts):
+        raise ValueError("--layouts: one is given twice")
+    for option, path in (("--trace", args.trace), ("--png", args.png)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{option} {path}: name a file in a folder that exists")
+    if args.png:
+        require_matplotlib()
 
 
 def _hardware(args: argparse.Namespace) -> Hardware:
@@ -156,12 +181,16 @@ def _hardware(args: argparse.Namespace) -> Hardware:
             hardware = hardware.with_gemm(GemmTable.from_csv(args.gemm_table))
         except OSError as error:
             raise ValueError(f"--gemm-table {args.gemm_table}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--gemm-table {args.gemm_table}: not UTF-8 text ({error.reason})") from None
     for entry in args.nccl_tests:
-        kind, equals, file = entry.rpartition("=")
-        measured = read_nccl_tests(Path(file), kind if equals else None)
+        kind, _, file = entry.partition("=")
+        named = bool(file) and not Path(entry).exists()
+        path = Path(file if named else entry)
+        measured = read_nccl_tests(path, kind if named else None)
         curves = {(measured.kind, measured.ranks, measured.nodes): measured.curve}
         hardware = hardware.with_curves(
-            curves, f"{measured.kind}, {measured.ranks} ranks on {measured.nodes} node(s): {file}"
+            curves, f"{measured.kind}, {measured.ranks} ranks on {measured.nodes} node(s): {path}"
         )
     return hardware
 

@@ -44,6 +44,36 @@ def test_drawing_without_matplotlib_says_what_to_install() -> None:
     assert done.stderr == "hp-plugin plan: drawing needs matplotlib: pip install matplotlib (or hp-plugin[plot])\n"
 
 
+def test_nothing_is_written_before_all_can_be(tmp_path: Path) -> None:
+    """Without matplotlib the trace that was asked for beside the picture is not left behind."""
+    trace = tmp_path / "t.json"
+    code = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from hp_plugin import plan_cli\n"
+        f"sys.exit(plan_cli.main({[*SMALL, '--explain', 'tp=4,mbs=2', '--trace', str(trace), '--png', 'never.png']!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not trace.exists()
+
+
+def test_logs_may_be_named_and_have_equal_signs_in_their_paths(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "a=b.txt"
+    ranks = "".join(f"#  Rank  {r} Group  0 Pid 1 on   a device  {r} [0x18] NVIDIA H100\n" for r in range(4))
+    log.write_text(f"{ranks}1048576 1 float sum -1 5000 1 1 0 5000 1 1 0\n")
+    text = out(capsys, "--show-hardware", "--nccl-tests", f"alltoall={log}")
+    assert "all_to_all, 4 ranks on 1 node(s)" in text and "a=b.txt" in text
+    log.write_text("alltoall_perf\n" + log.read_text())
+    assert "all_to_all, 4 ranks on 1 node(s)" in out(capsys, "--show-hardware", "--nccl-tests", str(log))
+
+
+def test_sweeps_say_why_points_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    text = out(capsys, "--sweep", "seq", "--sweep-to", "2048", "--layouts", "tp=2,dp=2,mbs=2")
+    assert "left out:\n" in text and "\n  seq 2048: tp=2,dp=2,mbs=2: global batch 1 is no multiple" in text
+
+
 def test_the_table_names_layouts_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     text = out(capsys, "--top", "3")
     assert "4 × h100-ib" in text and "tokens/s" in text and "bottleneck" in text
@@ -123,6 +153,23 @@ def test_own_measurements_change_the_prediction(capsys: pytest.CaptureFixture[st
         (["--gemm-table", "none.csv"], "--gemm-table none.csv: No such file"),
         (["--nccl-tests", "none.txt"], "nccl-tests file none.txt"),
         (["--continuous"], "continuous concerns decode"),
+        (["--memory-gb", "nan"], "--memory-gb must be positive, got nan"),
+        (["--validate", "--explain", "tp=4"], "--validate and --explain show different things"),
+        (["--sweep", "gpus", "--list-refused"], "--sweep and --list-refused show different things"),
+        (["--sweep", "gpus", "--layouts", "tp=4", "tp=4"], "--layouts: one is given twice"),
+        (["--sweep", "gpus", "--sweep-to", "2"], "--sweep-to 2 leaves no size to try"),
+        (
+            ["--explain", "tp=4,mbs=2", "--trace", "nowhere/t.json"],
+            "--trace nowhere/t.json: name a file in a folder that",
+        ),
+        (["--explain", "tp=4,mbs=2", "--png", "."], "--png .: name a file in a folder that exists"),
+        (["--model", "layers=4,D=512,h=8,layers=8"], "layers is given twice"),
+        (["--model", "layers=99999999999999999999,D=512,h=8"], "models of up to 10000 are planned"),
+        (
+            ["--model", "gpt3-175b", "--seq", "4096", "--explain", "tp=4"],
+            "4096 positions are more than the model's 2048",
+        ),
+        (["--mode", "decode", "--explain", "grid=2x2,exchange=scores,mbs=1"], "decode needs batch"),
         (["--memory-gb", "6.001"], "no layout of custom (0.0 B parameters) fits on 4 GPUs: the smallest needs"),
     ],
 )

@@ -1,0 +1,108 @@
+"""Where a grid pays: public models at TP sizes beyond their key/value heads, or that do not divide their heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hp_plugin.cost.candidates import Search
+from hp_plugin.cost.hardware import Hardware, load_hardware
+from hp_plugin.cost.model_shape import ModelShape, load_model
+from hp_plugin.cost.planner import make_plan
+from hp_plugin.cost.prediction import Prediction
+from hp_plugin.cost.workload import Workload
+
+MACHINE = "h100-ib"
+CASES = {
+    "qwen2.5-3b": (16, (8, 16)),
+    "qwen2.5-7b": (16, (8, 16)),
+    "llama3-8b": (16, (16,)),
+    "qwen3-30b-a3b": (16, (8, 16)),
+    "qwen2.5-32b": (32, (16,)),
+    "qwen3-32b": (32, (16,)),
+    "llama3-70b": (64, (16,)),
+}
+"""Models with the GPUs they train on, and TP sizes of up to two nodes that exceed g or do not divide h."""
+WORKLOADS = {
+    "train": Workload("train", 4096, 256),
+    "forward": Workload("forward", 4096, 256),
+    "decode": Workload("decode", 4096, 16),
+}
+MAX_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fastest layouts of one model: stock and exact grid at one TP size, and stock at any; None: cannot run."""
+
+    model: ModelShape
+    gpus: int
+    tp: int
+    stock: Prediction | None
+    grid: Prediction | None
+    any_stock: Prediction | None
+
+    @property
+    def cells(self) -> str:
+        """The row as text."""
+        model, stock, grid = self.model, self.stock, self.grid
+        said = f"{model.name:<15}{model.h:>3}{model.g:>3}{self.gpus:>5}{self.tp:>4}"
+        refusal = "not possible" if model.h % self.tp else "no memory"
+        said += f"{stock.tokens_per_s:>14,.0f}" if stock else f"{refusal:>14}"
+        if grid is None or grid.layout.grid is None:
+            return f"{said}  no grid fits"
+        said += f"  {f'{grid.layout.m}x{grid.layout.n} {grid.layout.grid.exchange}':<13}{grid.tokens_per_s:>10,.0f}"
+        if stock:
+            ratios = (
+                grid.tokens_per_s / stock.tokens_per_s,
+                grid.tpot / stock.tpot,
+                grid.memory.total / stock.memory.total,
+            )
+            said += "".join(f"{ratio:>7.2f}" for ratio in ratios)
+        else:
+            said += f"{'-':>7}" * 3
+        best = self.any_stock
+        return said + (f"{grid.tokens_per_s / best.tokens_per_s:>7.2f}  {best.layout}" if best else f"{'-':>7}")
+
+
+def rows(mode: str) -> Iterator[Row]:
+    """Every case in one mode; micro-batch, pipeline, data parallelism and recomputation are free on all sides."""
+    hardware = load_hardware(MACHINE)
+    for name, (gpus, sizes) in CASES.items():
+        model = load_model(name)
+        any_stock = _fastest(model, gpus, mode, hardware, None, ())
+        for tp in sizes:
+            stock = _fastest(model, gpus, mode, hardware, tp, ())
+            both = _fastest(model, gpus, mode, hardware, tp, ("batch", "sequence"))
+            yield Row(model, gpus, tp, stock, both, any_stock)
+
+
+def _fastest(
+    model: ModelShape, gpus: int, mode: str, hardware: Hardware, tp: int | None, exchanges: tuple[str, ...]
+) -> Prediction | None:
+    """The fastest layout: of stock without `exchanges`, else of grids alone."""
+    search = Search(exchanges, False, MAX_MICRO_BATCH, tensor_parallel=None if tp is None else (tp,))
+    try:
+        plan = make_plan(model, gpus, WORKLOADS[mode], hardware, search)
+    except ValueError:
+        return None
+    return next((found for found in plan.found if bool(found.layout.grid) == bool(exchanges)), None)
+
+
+def report() -> list[str]:
+    """A table for each mode."""
+    lines = [
+        f"Tensor parallelism beyond heads: the fastest exact grid against the fastest stock layout, {MACHINE}",
+        "Micro-batch (up to 8), pipeline, data parallelism, sequence parallelism and recomputation are free on both",
+        "sides. Ratios grid/stock at the same TP: tokens/s, TPOT, memory; any TP: tokens/s to the fastest stock.",
+    ]
+    for mode, workload in WORKLOADS.items():
+        length = "context" if mode == "decode" else "sequence"
+        lines += [
+            "",
+            f"{mode}: {workload.global_batch} sequences, {length} {workload.seq}",
+            f"{'model':<15}{'h':>3}{'g':>3}{'GPUs':>5}{'TP':>4}{'stock':>14}  {'grid':<13}{'tokens/s':>10}"
+            f"{'ratio':>7}{'TPOT':>7}{'memory':>7}{'any TP':>7}  fastest stock",
+            *(row.cells for row in rows(mode)),
+        ]
+    return lines
