@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def _lines(args: argparse.Namespace) -> list[str]:
         if args.png:
             draw_curves(curves, args.sweep, args.png)
         return sweep.report(curves, args.sweep, left_out)
-    plan = make_plan(model, args.gpus, workload, hardware, search, capacity)
+    plan = make_plan(model, args.gpus, workload, hardware, search, capacity, _progress())
     if args.list_refused:
         return refused_report(plan)
     head = (
@@ -146,6 +147,21 @@ def _explained(
         draw_timeline(found, args.png)
         lines.append(f"picture: {args.png}")
     return lines
+
+
+def _progress() -> Callable[[int], None] | None:
+    """Counts layouts on one line of a terminal; searches on many GPUs take a while."""
+    if not sys.stderr.isatty():
+        return None
+    began = last = time.monotonic()
+
+    def watch(number: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.5:
+            last = time.monotonic()
+            print(f"\r{number:,} layouts in {last - began:.0f} s", end="\r", file=sys.stderr, flush=True)
+
+    return watch
 
 
 _SHOWN = ("validate", "reproduce", "suite", "show_hardware", "explain", "sweep", "list_refused")

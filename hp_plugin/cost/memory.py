@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hp_plugin.cost.core_attention_program import is_fused
@@ -36,11 +37,15 @@ def memory(share: Share, micro_batches: int) -> Memory:
     """Memory of the pipeline rank that needs most."""
     stages = build_stages(share.model, share.layout)
     pp = share.layout.pp
-    candidates = [_rank_memory(share, stages[rank::pp], rank, micro_batches) for rank in range(pp)]
+    # What one layer keeps is the same in every stage.
+    kept = {moe: _layer_activations(share, moe) for moe in (False, True) if not moe or share.model.experts}
+    candidates = [_rank_memory(share, stages[rank::pp], rank, micro_batches, kept) for rank in range(pp)]
     return max(candidates, key=lambda candidate: candidate.total)
 
 
-def _rank_memory(share: Share, chunks: list[Stage], rank: int, micro_batches: int) -> Memory:
+def _rank_memory(
+    share: Share, chunks: list[Stage], rank: int, micro_batches: int, kept: Mapping[bool, float]
+) -> Memory:
     model, layout, workload = share.model, share.layout, share.workload
     counts = [stage_parameters(model, layout, stage) for stage in chunks]
     dense, experts = sum(count.dense for count in counts), sum(count.experts for count in counts)
@@ -61,11 +66,11 @@ def _rank_memory(share: Share, chunks: list[Stage], rank: int, micro_batches: in
             layer = model.layer_parameters(any(stage.moe for stage in chunks)) / layout.tp
             weights = 2 * share.e * layer
             gradients = workload.grad_itemsize * ((dense + experts) / replicas + layer)
-    largest = max(_layer_activations(share, moe) for moe in {bool(stage.moe) for stage in chunks})
+    largest = max(kept[bool(stage.moe)] for stage in chunks)
     activations = 0.0
     if workload.training:
         order = pipeline_order(rank, layout.pp, layout.vpp, _enough(layout.pp, layout.vpp, micro_batches), True)
-        activations = peak_in_flight(order, [_chunk_activations(share, stage) for stage in chunks])
+        activations = peak_in_flight(order, [_chunk_activations(share, stage, kept) for stage in chunks])
     working = _working(share, chunks) + (largest if layout.recompute == "full" or not workload.training else 0.0)
     cache = 0.0
     if workload.mode == "decode":
@@ -81,16 +86,16 @@ def _enough(pp: int, vpp: int, micro_batches: int) -> int:
     return min(micro_batches, 3 * pp if vpp > 1 else 2 * pp)
 
 
-def _chunk_activations(share: Share, stage: Stage) -> float:
-    """Bytes kept from a chunk's forward pass to its backward pass."""
+def _chunk_activations(share: Share, stage: Stage, kept: Mapping[bool, float]) -> float:
+    """Bytes kept from a chunk's forward pass to its backward pass; `kept` by a dense and a MoE layer."""
     if share.layout.recompute == "full":
-        kept = stage.layers * share.between_bytes
+        total = stage.layers * share.between_bytes
     else:
-        kept = stage.dense * _layer_activations(share, False) + stage.moe * _layer_activations(share, True)
+        total = stage.dense * kept[False] + stage.moe * kept.get(True, 0.0)
     if stage.last and share.model.vocab:
         # Logits in 16 bit and their fp32 softmax.
-        kept += share.model.vocab / share.P * share.tokens * (share.e + 4) + 2 * share.between_bytes
-    return kept
+        total += share.model.vocab / share.P * share.tokens * (share.e + 4) + 2 * share.between_bytes
+    return total
 
 
 def _layer_activations(share: Share, moe: bool) -> float:

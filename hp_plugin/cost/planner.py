@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from hp_plugin.cost.candidates import Search, candidates
@@ -47,11 +47,13 @@ def make_plan(
     hardware: Hardware,
     search: Search | None = None,
     capacity: float | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Plan:
     """Predicts every candidate; recomputation is added only where memory does not suffice without.
 
     Args:
         capacity: device memory in bytes, if not the hardware's.
+        watch: is told after every layout how many have been looked at.
 
     Raises:
         ValueError: no layout fits; the message says what each kind of refusal lacks.
@@ -60,7 +62,9 @@ def make_plan(
         raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {gpus}")
     plan = Plan()
     search = search or Search()
-    for layout in candidates(model, gpus, workload, search):
+    for number, layout in enumerate(candidates(model, gpus, workload, search), start=1):
+        if watch is not None:
+            watch(number)
         try:
             found = fitting(model, layout, workload, hardware, capacity)
         except ValueError as error:

@@ -16,7 +16,7 @@ from hp_plugin.cost.prediction import Prediction
 from hp_plugin.cost.pricing import Cost, Pricer
 from hp_plugin.cost.program import Collective, Stream
 from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import build_stages, stage_parameters
+from hp_plugin.cost.stages import Stage, build_stages, stage_parameters
 from hp_plugin.cost.timeline import Event, PassTimes, Pipeline, Timeline, simulate
 from hp_plugin.cost.workload import Workload
 
@@ -56,10 +56,8 @@ class _Step:
             )
         self.pricer = Pricer(hardware, self.groups, share.e, layout.fused)
         self.stages = build_stages(share.model, layout)
-        self._chunks = [
-            [stage_parameters(share.model, layout, stage) for stage in self.stages[rank :: layout.pp]]
-            for rank in range(layout.pp)
-        ]
+        parameters = {stage: stage_parameters(share.model, layout, stage) for stage in set(self.stages)}
+        self._chunks = [[parameters[stage] for stage in self.stages[rank :: layout.pp]] for rank in range(layout.pp)]
         self.micro_batches = share.workload.global_batch // (layout.dp * layout.micro_batch)
         self.forward, self.backward = self._pass_costs(hardware)
         self.transfer = self._transfer()
@@ -67,19 +65,19 @@ class _Step:
 
     def _pass_costs(self, hardware: Hardware) -> tuple[list[Cost], list[Cost]]:
         """Forward and backward cost of one micro-batch, per virtual stage."""
-        forward: list[Cost] = []
-        backward: list[Cost] = []
-        for stage in self.stages:
-            ahead, back = Cost(), Cost()
-            counts = {"dense": stage.dense, "moe": stage.moe, "first": int(stage.first), "last": int(stage.last)}
-            for part, count in counts.items():
-                if count:
-                    costs = part_costs(hardware, self.groups, self.share, part)
-                    ahead.add(costs[0], count)
-                    back.add(costs[1], count)
-            forward.append(ahead)
-            backward.append(back)
-        return forward, backward if self.share.workload.training else []
+        by_kind = {stage: self._stage_costs(hardware, stage) for stage in set(self.stages)}
+        forward = [by_kind[stage][0] for stage in self.stages]
+        return forward, [by_kind[stage][1] for stage in self.stages] if self.share.workload.training else []
+
+    def _stage_costs(self, hardware: Hardware, stage: Stage) -> tuple[Cost, Cost]:
+        ahead, back = Cost(), Cost()
+        counts = {"dense": stage.dense, "moe": stage.moe, "first": int(stage.first), "last": int(stage.last)}
+        for part, count in counts.items():
+            if count:
+                costs = part_costs(hardware, self.groups, self.share, part)
+                ahead.add(costs[0], count)
+                back.add(costs[1], count)
+        return ahead, back
 
     def _transfer(self) -> float:
         if self.share.layout.pp == 1:

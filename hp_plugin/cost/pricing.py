@@ -81,6 +81,7 @@ class Pricer:
         self._gap = hardware["kernel_gap_s"]
         self._taken = hardware["collective_multiprocessors"] / hardware["multiprocessors"]
         self._kernels: dict[Kernel, float] = {}
+        self._collectives: dict[tuple[str, str, float], float] = {}
 
     def kernel(self, kernel: Kernel) -> float:
         """Seconds of one kernel (of a `Stream`, of its kernels)."""
@@ -109,8 +110,11 @@ class Pricer:
 
     def collective(self, collective: Collective) -> float:
         """Seconds of one collective alone."""
-        placement = self.placements[collective.axis]
-        return self.hardware.collectives.seconds(collective.kind, collective.bytes, placement)
+        key = collective.kind, collective.axis, collective.bytes
+        if key not in self._collectives:
+            placement = self.placements[collective.axis]
+            self._collectives[key] = self.hardware.collectives.seconds(collective.kind, collective.bytes, placement)
+        return self._collectives[key]
 
     def spans(self, program: Program) -> list[Span]:
         """One or two spans per block: its kernels, then what its collectives expose."""

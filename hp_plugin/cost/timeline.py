@@ -82,85 +82,92 @@ def simulate(pipeline: Pipeline, record: bool = True) -> Timeline:
     A pass sends its result when it ends; the receiver has it `transfer` seconds later. Events are kept
     if `record`.
     """
-    pp, vpp, count = pipeline.pp, pipeline.vpp, pipeline.micro_batches
+    pp = pipeline.pp
     training = bool(pipeline.backward)
-    orders = [pipeline_order(rank, pp, vpp, count, training) for rank in range(pp)]
-    line = Timeline(
-        finish=[0.0] * pp, compute=[0.0] * pp, passes=[0.0] * pp, sending=[0.0] * pp, gated=[0.0] * pp,
-        last_backward=[[] for _ in range(pp)],
-    )  # fmt: skip
-    done: dict[tuple[bool, int, int], float] = {}
+    run = _Run(pipeline)
+    orders = [pipeline_order(rank, pp, pipeline.vpp, pipeline.micro_batches, training) for rank in range(pp)]
     position = [0] * pp
     progress = True
     while progress:
         progress = False
-        for rank in range(pp):
-            while position[rank] < len(orders[rank]):
-                task = orders[rank][position[rank]]
-                ready = _ready(pipeline, done, rank, task)
-                if ready is None:
-                    break
-                _run(pipeline, line, done, rank, task, ready, record)
-                position[rank] += 1
-                progress = True
-    assert all(position[rank] == len(orders[rank]) for rank in range(pp)), "the pipeline's orders wait for each other"
-    return line
+        for rank, order in enumerate(orders):
+            at = position[rank]
+            while at < len(order) and run.take(rank, order[at], record):
+                at += 1
+            progress |= at > position[rank]
+            position[rank] = at
+    assert all(at == len(order) for at, order in zip(position, orders, strict=True)), "the orders wait for each other"
+    return run.line
 
 
-def _ready(pipeline: Pipeline, done: Mapping[tuple[bool, int, int], float], rank: int, task: Task) -> float | None:
-    """When the pass's input is on its rank; None if that is not known yet."""
-    stage = task.chunk * pipeline.pp + rank
-    last = pipeline.pp * pipeline.vpp - 1
-    if task.backward:
-        before = (False, stage, task.micro_batch) if stage == last else (True, stage + 1, task.micro_batch)
-        same_rank = stage == last
-    else:
-        if stage == 0:
-            return 0.0
-        before = (False, stage - 1, task.micro_batch)
-        same_rank = False
-    end = done.get(before)
-    if end is None:
-        return None
-    return end + (0.0 if same_rank or pipeline.pp == 1 else pipeline.transfer)
+class _Run:
+    """A simulation under way."""
 
+    def __init__(self, pipeline: Pipeline) -> None:
+        pp, stages = pipeline.pp, pipeline.pp * pipeline.vpp
+        self.pipeline = pipeline
+        self.line = Timeline(
+            finish=[0.0] * pp, compute=[0.0] * pp, passes=[0.0] * pp, sending=[0.0] * pp, gated=[0.0] * pp,
+            last_backward=[[] for _ in range(pp)],
+        )  # fmt: skip
+        self._last = stages - 1
+        self._between = pipeline.transfer if pp > 1 else 0.0
+        self._blocked = self._between if pipeline.blocking else 0.0
+        # When each pass of each stage ended, by micro-batch; missing while it has not run.
+        self._forward: list[dict[int, float]] = [{} for _ in range(stages)]
+        self._backward: list[dict[int, float]] = [{} for _ in range(stages)]
 
-def _run(
-    pipeline: Pipeline,
-    line: Timeline,
-    done: dict[tuple[bool, int, int], float],
-    rank: int,
-    task: Task,
-    ready: float,
-    record: bool,
-) -> None:
-    stage = task.chunk * pipeline.pp + rank
-    times = (pipeline.backward if task.backward else pipeline.forward)[stage]
-    start = max(line.finish[rank], ready)
-    place = (rank, task.chunk)
-    seconds, busy = times.seconds, times.compute
-    if not task.backward and task.micro_batch == 0:
-        extra = pipeline.first_extra.get(place, 0.0)
-        seconds, busy = seconds + extra, busy + extra
-        gate, remaining = pipeline.gates.get(place, (0.0, 0.0))
-        held = max(0.0, gate + remaining * seconds - (start + seconds))
-        line.gated[rank] += held
-        seconds += held
-    if task.backward and task.micro_batch == pipeline.micro_batches - 1:
-        extra = pipeline.last_extra.get(place, 0.0)
-        seconds, busy = seconds + extra, busy + extra
-        line.last_backward[rank].append((task.chunk, start, start + seconds))
-    end = start + seconds
-    done[task.backward, stage, task.micro_batch] = end
-    line.compute[rank] += busy
-    line.passes[rank] += seconds
-    if record:
-        line.events.append(Event(rank, "passes", str(task), start, end))
-    ends = stage == 0 if task.backward else stage == pipeline.pp * pipeline.vpp - 1
-    if pipeline.blocking and pipeline.pp > 1 and not ends:
-        # Without overlap the sender waits until its message has gone.
-        line.sending[rank] += pipeline.transfer
+    def take(self, rank: int, task: Task, record: bool) -> bool:
+        """Runs a rank's next pass; False if its input is not known yet."""
+        pipeline, line = self.pipeline, self.line
+        stage = task.chunk * pipeline.pp + rank
+        micro_batch = task.micro_batch
+        start = line.finish[rank]
+        if task.backward:
+            if stage == self._last:
+                ready = self._forward[stage].get(micro_batch)
+            else:
+                ready = self._backward[stage + 1].get(micro_batch)
+                ready = None if ready is None else ready + self._between
+            times, ends = pipeline.backward[stage], stage == 0
+        else:
+            ready = 0.0
+            if stage:
+                before = self._forward[stage - 1].get(micro_batch)
+                ready = None if before is None else before + self._between
+            times, ends = pipeline.forward[stage], stage == self._last
+        if ready is None:
+            return False
+        start = max(start, ready)
+        seconds, busy = times.seconds, times.compute
+        if task.backward:
+            if micro_batch == pipeline.micro_batches - 1:
+                extra = pipeline.last_extra.get((rank, task.chunk), 0.0)
+                seconds, busy = seconds + extra, busy + extra
+                line.last_backward[rank].append((task.chunk, start, start + seconds))
+        elif micro_batch == 0:
+            seconds, busy = self._first(rank, task.chunk, start, seconds, busy)
+        end = start + seconds
+        (self._backward if task.backward else self._forward)[stage][micro_batch] = end
+        line.compute[rank] += busy
+        line.passes[rank] += seconds
         if record:
-            line.events.append(Event(rank, "pipeline", f"send {task}", end, end + pipeline.transfer))
-        end += pipeline.transfer
-    line.finish[rank] = end
+            line.events.append(Event(rank, "passes", str(task), start, end))
+        if self._blocked and not ends:
+            # Without overlap the sender waits until its message has gone.
+            line.sending[rank] += self._blocked
+            if record:
+                line.events.append(Event(rank, "pipeline", f"send {task}", end, end + self._blocked))
+            end += self._blocked
+        line.finish[rank] = end
+        return True
+
+    def _first(self, rank: int, chunk: int, start: float, seconds: float, busy: float) -> tuple[float, float]:
+        """A chunk's first forward pass: slowed down and held up by the gathering of its weights."""
+        pipeline = self.pipeline
+        extra = pipeline.first_extra.get((rank, chunk), 0.0)
+        seconds, busy = seconds + extra, busy + extra
+        gate, remaining = pipeline.gates.get((rank, chunk), (0.0, 0.0))
+        held = max(0.0, gate + remaining * seconds - (start + seconds))
+        self.line.gated[rank] += held
+        return seconds + held, busy
