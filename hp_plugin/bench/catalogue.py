@@ -61,7 +61,7 @@ _ROTARY: Options = {"position_embedding_type": "rope", "normalization": "RMSNorm
 _GATED: Options = _ROTARY | {
     "swiglu": True,
     "num_layers": 2,
-    "seq_length": 64,
+    "seq_length": 256,
     "untie_embeddings_and_output_weights": True,
 }
 
@@ -86,17 +86,26 @@ MODELS: dict[str, CatalogueModel] = {
         8,
         "width, head 128 and MLP ÷ 4, 2 of 36 layers",
     ),
+    "qwen3-like": CatalogueModel(
+        "Qwen3 30B-A3B's attention: 32 heads together twice as wide as the model, 4 key/value heads",
+        _GATED
+        | {"hidden_size": 512, "num_attention_heads": 32, "num_query_groups": 4, "kv_channels": 32}
+        | {"ffn_hidden_size": 1536, "qk_layernorm": True},
+        16,
+        8,
+        "width and head 128 ÷ 4, one MLP as wide as the 8 active experts ÷ 4, 2 of 48 layers",
+    ),
     "mqa": CatalogueModel(
         "multi-query attention, as in Falcon 7B and StarCoder: one key/value head",
         _ROTARY | {"num_layers": 2, "hidden_size": 512, "num_attention_heads": 16, "num_query_groups": 1}
-        | {"seq_length": 64},
+        | {"seq_length": 256},
         16,
         8,
         "16 heads of 32, 2 layers",
     ),
     "few-heads": CatalogueModel(
         "4 wide heads: fewer than ranks, where stock cannot split further",
-        _ROTARY | {"num_layers": 2, "hidden_size": 512, "num_attention_heads": 4, "seq_length": 64},
+        _ROTARY | {"num_layers": 2, "hidden_size": 512, "num_attention_heads": 4, "seq_length": 256},
         16,
         8,
         "4 heads of 128, 2 layers",

@@ -14,8 +14,8 @@ from hp_plugin.bench.together import seconds_together
 
 _PRODUCT = (512, 512, 256)
 """m, k and n of a product of some milliseconds, like those between two collectives of a layer."""
-_SIZES = tuple(1024 * 4**power for power in range(7))
-"""Bytes from 1 KiB to 4 MiB, as nccl-tests count them; rounded up to whole elements of every rank."""
+_SIZES = tuple(1024 * 4**power for power in range(8))
+"""Bytes from 1 KiB to 16 MiB, as nccl-tests count them; rounded up to whole elements of every rank."""
 
 
 def measure_curves(dtype: torch.dtype, source: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ _PAPER_MOE = Comparison(
 _KV_HEADS = (
     Comparison("llama3-like", ("tp=16", "grid=8x2", "grid=8x2,exchange=sequence")),
     Comparison("qwen2.5-like", ("tp=8", "grid=2x4", "grid=2x4,exchange=sequence")),
+    Comparison("qwen3-like", ("tp=8", "grid=4x2", "grid=4x2,exchange=sequence")),
     Comparison("mqa", ("tp=8", "grid=1x8", "grid=1x8,exchange=sequence")),
     Comparison("few-heads", ("grid=4x2", "tp=8", "tp=4,dp=2")),
 )

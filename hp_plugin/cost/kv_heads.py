@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hp_plugin.cost.candidates import Search
-from hp_plugin.cost.hardware import Hardware, load_hardware
+from hp_plugin.cost.hardware import load_hardware
 from hp_plugin.cost.model_shape import ModelShape, load_model
 from hp_plugin.cost.planner import make_plan
 from hp_plugin.cost.prediction import Prediction
@@ -25,7 +25,6 @@ CASES = {
 """Models with the GPUs they train on, and TP sizes of up to two nodes that exceed g or do not divide h."""
 WORKLOADS = {
     "train": Workload("train", 4096, 256),
-    "forward": Workload("forward", 4096, 256),
     "decode": Workload("decode", 4096, 16),
 }
 MAX_MICRO_BATCH = 8
@@ -53,40 +52,36 @@ class Row:
             return f"{said}  no grid fits"
         said += f"  {f'{grid.layout.m}x{grid.layout.n} {grid.layout.grid.exchange}':<13}{grid.tokens_per_s:>10,.0f}"
         if stock:
-            ratios = (
-                grid.tokens_per_s / stock.tokens_per_s,
-                grid.tpot / stock.tpot,
-                grid.memory.total / stock.memory.total,
-            )
-            said += "".join(f"{ratio:>7.2f}" for ratio in ratios)
+            said += f"{grid.tokens_per_s / stock.tokens_per_s:>7.2f}{grid.tpot / stock.tpot:>7.2f}"
         else:
-            said += f"{'-':>7}" * 3
+            said += f"{'-':>7}" * 2
         best = self.any_stock
         return said + (f"{grid.tokens_per_s / best.tokens_per_s:>7.2f}  {best.layout}" if best else f"{'-':>7}")
 
 
 def rows(mode: str) -> Iterator[Row]:
-    """Every case in one mode; micro-batch, pipeline, data parallelism and recomputation are free on all sides."""
-    hardware = load_hardware(MACHINE)
+    """Every case in one mode."""
     for name, (gpus, sizes) in CASES.items():
         model = load_model(name)
-        any_stock = _fastest(model, gpus, mode, hardware, None, ())
+        any_stock = next(iter(_found(model, gpus, mode, Search((), max_micro_batch=MAX_MICRO_BATCH))), None)
         for tp in sizes:
-            stock = _fastest(model, gpus, mode, hardware, tp, ())
-            both = _fastest(model, gpus, mode, hardware, tp, ("batch", "sequence"))
-            yield Row(model, gpus, tp, stock, both, any_stock)
+            yield row(model, gpus, tp, mode, any_stock)
 
 
-def _fastest(
-    model: ModelShape, gpus: int, mode: str, hardware: Hardware, tp: int | None, exchanges: tuple[str, ...]
-) -> Prediction | None:
-    """The fastest layout: of stock without `exchanges`, else of grids alone."""
-    search = Search(exchanges, False, MAX_MICRO_BATCH, tensor_parallel=None if tp is None else (tp,))
+def row(model: ModelShape, gpus: int, tp: int, mode: str, any_stock: Prediction | None) -> Row:
+    """One model at one TP size; micro-batch, pipeline, data parallelism and recomputation are free on both sides."""
+    search = Search(("batch", "sequence"), max_micro_batch=MAX_MICRO_BATCH, tensor_parallel=(tp,))
+    found = _found(model, gpus, mode, search)
+    stock = next((one for one in found if one.layout.grid is None), None)
+    return Row(model, gpus, tp, stock, next((one for one in found if one.layout.grid), None), any_stock)
+
+
+def _found(model: ModelShape, gpus: int, mode: str, search: Search) -> list[Prediction]:
+    """Predictions, fastest first; none where nothing fits."""
     try:
-        plan = make_plan(model, gpus, WORKLOADS[mode], hardware, search)
+        return make_plan(model, gpus, WORKLOADS[mode], load_hardware(MACHINE), search).found
     except ValueError:
-        return None
-    return next((found for found in plan.found if bool(found.layout.grid) == bool(exchanges)), None)
+        return []
 
 
 def report() -> list[str]:
@@ -94,7 +89,7 @@ def report() -> list[str]:
     lines = [
         f"Tensor parallelism beyond heads: the fastest exact grid against the fastest stock layout, {MACHINE}",
         "Micro-batch (up to 8), pipeline, data parallelism, sequence parallelism and recomputation are free on both",
-        "sides. Ratios grid/stock at the same TP: tokens/s, TPOT, memory; any TP: tokens/s to the fastest stock.",
+        "sides. Ratios grid/stock at the same TP: tokens/s and TPOT; any TP: tokens/s to the fastest stock layout.",
     ]
     for mode, workload in WORKLOADS.items():
         length = "context" if mode == "decode" else "sequence"
@@ -102,7 +97,7 @@ def report() -> list[str]:
             "",
             f"{mode}: {workload.global_batch} sequences, {length} {workload.seq}",
             f"{'model':<15}{'h':>3}{'g':>3}{'GPUs':>5}{'TP':>4}{'stock':>14}  {'grid':<13}{'tokens/s':>10}"
-            f"{'ratio':>7}{'TPOT':>7}{'memory':>7}{'any TP':>7}  fastest stock",
+            f"{'ratio':>7}{'TPOT':>7}{'any TP':>7}  fastest stock",
             *(row.cells for row in rows(mode)),
         ]
     return lines

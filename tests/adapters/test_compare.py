@@ -192,7 +192,7 @@ def test_the_winner_is_named_measured_and_predicted() -> None:
     assert rows[2][0] == "grid=1x2,exchange=local ≠"
 
 
-@pytest.mark.parametrize("model", ["llama3-like", "qwen2.5-like", "mqa", "few-heads"])
+@pytest.mark.parametrize("model", ["llama3-like", "qwen2.5-like", "qwen3-like", "mqa", "few-heads"])
 def test_docs_say_what_the_reports_of_the_suite_hold(model: str) -> None:
     report = json.loads((ROOT / "docs" / "compare" / model / "report.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def test_every_collective_is_measured_on_three_ranks(ranks: Ranks) -> None:
     sizes = {curve["collective"]: curve["ranks"] for curve in curves}
     assert sizes == {"all_reduce": 3, "all_gather": 3, "reduce_scatter": 3, "all_to_all": 3, "send_recv": 2}
     for curve in curves:
-        assert all(size % 12 == 0 for size, _ in curve["points"]) and len(curve["points"]) == 7
+        assert all(size % 12 == 0 for size, _ in curve["points"]) and len(curve["points"]) == 8
         TimeCurve.from_points(curve["points"])
 
 

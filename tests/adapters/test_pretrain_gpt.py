@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from hp_plugin import cli
+from hp_plugin.cost.hardware import load_hardware
+from hp_plugin.cost.launch_flags import megatron_flags
+from hp_plugin.cost.layout import Layout
+from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.cost.predict import predict
+from hp_plugin.cost.workload import Workload
 from hp_plugin.megatron_adapter.releases import KNOWN
-from tests.adapters.megatron_lm_runs import losses, needs_clone, release_tree, run
+from tests.adapters.megatron_lm_runs import LINE, losses, needs_clone, release_tree, run
 
 pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -63,6 +69,27 @@ def test_the_grid_goes_on_from_stock_on_the_same_curve(tree: Path, tmp_path: Pat
     stock = losses(tree, 1, f"{model} --save {tmp_path} --save-interval 1", launcher=False)
     grid = losses(tree, 4, f"{model} {layout} --load {tmp_path} --ckpt-step 1")
     require_same_curve(stock, grid)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp=2,pp=2,mbs=1",
+        "grid=2x2,exchange=batch,mbs=2",
+        "grid=1x2,exchange=sequence,dp=2,mbs=1,sp,recompute=full",
+        "tp=1,dp=4,mbs=1,zero=replicated",
+    ],
+)
+def test_the_flags_that_the_planner_prints_run_as_printed(tree: Path, layout: str) -> None:
+    model = ModelShape("tiny", 2, 32, 4, 2, 8, 48, vocab=4095, gated=True, norm_biases=False)
+    wanted = Layout.parse(layout, 4)
+    found = predict(model, wanted, Workload("train", 16, 4), load_hardware("h100-ib"))
+    status, output = run(tree, 4, " ".join(megatron_flags(found)), launcher=wanted.grid is not None)
+    assert status == 0, output[-6000:]
+    said = [float(line[2]) for line in map(LINE.search, output.splitlines()) if line]
+    assert len(said) == 7 and said[-1] < said[0]
+    assert f"tensor-model-parallel size: {wanted.tp}" in output
+    assert f"pipeline-model-parallel size: {wanted.pp}" in output
 
 
 def test_interrupted_and_resumed_on_the_grid(tree: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.cost import reproduce, validate
+from hp_plugin.cost import kv_heads, reproduce, validate
 from hp_plugin.cost.hardware import shipped
 from hp_plugin.cost.model_shape import presets
 
@@ -26,6 +26,11 @@ def test_the_validation_table_is_current() -> None:
 @pytest.mark.slow
 def test_the_reproduction_tables_are_current() -> None:
     assert stripped(BLOCKS[1]) == stripped(reproduce.report())
+
+
+@pytest.mark.slow
+def test_the_table_of_public_models_is_current() -> None:
+    assert stripped(BLOCKS[2]) == stripped(kv_heads.report())
 
 
 def test_commands_in_the_docs_name_what_exists() -> None:
