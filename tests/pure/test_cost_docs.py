@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.cost import kv_heads, reproduce, validate
+from hp_plugin import plan_cli
+from hp_plugin.cost import reproduce, validate
 from hp_plugin.cost.hardware import shipped
 from hp_plugin.cost.model_shape import presets
 
@@ -29,8 +30,9 @@ def test_the_reproduction_tables_are_current() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_of_public_models_is_current() -> None:
-    assert stripped(BLOCKS[2]) == stripped(kv_heads.report())
+def test_the_table_of_public_models_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_cli.main(["--suite", "kv-heads"]) == 0
+    assert stripped(BLOCKS[2]) == stripped(capsys.readouterr().out.splitlines())
 
 
 def test_commands_in_the_docs_name_what_exists() -> None:
