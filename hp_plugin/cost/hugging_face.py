@@ -8,20 +8,29 @@ from typing import Any
 MARK = "num_hidden_layers"
 """The key by which such a file is known."""
 
+_NOT_PLANNED = {
+    "kv_lora_rank": "multi-latent attention and its heads",
+    "shared_expert_intermediate_size": "shared experts",
+    "n_shared_experts": "shared experts",
+    "mlp_only_layers": "dense layers chosen one by one",
+}
+
 
 def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelShape` that a decoder's `config.json` says, under the names that Transformers gives them.
 
     Raises:
-        ValueError: an attention that is not planned (multi-latent), or a size that is missing.
+        ValueError: a part that is not planned (multi-latent attention, shared experts), or a size that is missing.
     """
-    if config.get("kv_lora_rank"):
-        raise ValueError("multi-latent attention (kv_lora_rank) is not planned")
+    for key, what in _NOT_PLANNED.items():
+        if config.get(key):
+            raise ValueError(f"{what} ({key}) are not planned")
     for key in ("hidden_size", "num_attention_heads", "intermediate_size"):
         if key not in config:
             raise ValueError(f"a config.json with {MARK} but without {key} is no decoder that is planned")
     heads, experts = config["num_attention_heads"], config.get("num_local_experts") or config.get("num_experts") or 0
-    gated = str(config.get("hidden_act", "silu")) in ("silu", "swiglu", "gelu_pytorch_tanh")
+    activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
+    gated = activation in ("silu", "swiglu", "gelu_pytorch_tanh")
     found: dict[str, Any] = {
         "layers": config[MARK],
         "D": config["hidden_size"],
@@ -38,4 +47,5 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
         found["d"] = config["head_dim"]
     if experts:
         found |= {"experts": experts, "top_k": config.get("num_experts_per_tok") or 1}
+        found["moe_every"] = config.get("decoder_sparse_step") or 1
     return found

@@ -172,9 +172,13 @@ def test_a_hugging_face_config_is_a_model(tmp_path: Path) -> None:
     assert replace(load_model(str(path)), name="qwen3-30b-a3b") == load_model("qwen3-30b-a3b")
     assert load_model(f"{path},layers=2").layers == 2
     assert load_model(str(path)).parameters == pytest.approx(30.5e9, rel=0.01)
-    path.write_text(json.dumps(QWEN3_MOE | {"kv_lora_rank": 512}))
-    with pytest.raises(ValueError, match=r"config\.json: multi-latent attention"):
-        load_model(str(path))
+    for key, said in (
+        ("kv_lora_rank", "multi-latent attention"),
+        ("shared_expert_intermediate_size", "shared experts"),
+    ):
+        path.write_text(json.dumps(QWEN3_MOE | {key: 512}))
+        with pytest.raises(ValueError, match=rf"config\.json: {said}"):
+            load_model(str(path))
     path.write_text(json.dumps({"num_hidden_layers": 2, "hidden_size": 64}))
     with pytest.raises(ValueError, match="without num_attention_heads"):
         load_model(str(path))

@@ -32,20 +32,7 @@ def test_it_runs_where_torch_is_not_installed() -> None:
     assert "held out" in done.stdout
 
 
-def test_drawing_without_matplotlib_says_what_to_install() -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['matplotlib'] = None\n"
-        "from hp_plugin import plan_cli\n"
-        f"sys.exit(plan_cli.main({[*SMALL, '--explain', 'tp=4,mbs=2', '--png', 'never.png']!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr == "hp-plugin plan: drawing needs matplotlib: pip install matplotlib (or hp-plugin[plot])\n"
-
-
-def test_nothing_is_written_before_all_can_be(tmp_path: Path) -> None:
-    """Without matplotlib the trace that was asked for beside the picture is not left behind."""
+def test_without_matplotlib_nothing_is_written_and_it_is_said_what_to_install(tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
     code = (
         "import sys\n"
@@ -55,6 +42,7 @@ def test_nothing_is_written_before_all_can_be(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and not trace.exists()
+    assert done.stderr == "hp-plugin plan: drawing needs matplotlib: pip install matplotlib (or hp-plugin[plot])\n"
 
 
 def test_logs_may_be_named_and_have_equal_signs_in_their_paths(
