@@ -117,6 +117,8 @@ def _lines(args: argparse.Namespace) -> list[str]:
         )
     if args.sweep:
         layouts = [Layout.parse(text, args.gpus) for text in args.layouts or []]
+        if len(set(layouts)) < len(layouts):
+            raise ValueError("--layouts: one is given twice")
         layouts = layouts or sweep.representative_layouts(model, args.gpus, workload, hardware, search, capacity)
         left_out: list[str] = []
         curves = sweep.sweep(args.sweep, model, layouts, workload, hardware, args.sweep_to, capacity, left_out)
@@ -171,6 +173,16 @@ def _check(args: argparse.Namespace) -> None:
     asked = [f"--{name.replace('_', '-')}" for name in _SHOWN if getattr(args, name) not in (None, False)]
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} show different things: ask for one at a time")
+    if args.validate or args.reproduce or args.suite:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        others = [name for name, value in vars(parser.parse_args([])).items() if getattr(args, name) != value]
+        others = [f"--{name.replace('_', '-')}" for name in others if name not in _SHOWN]
+        if others:
+            raise ValueError(f"{asked[0]} has its own models and machines and takes no {' or '.join(others)}")
+    for size in args.tp or ():
+        if size < 1:
+            raise ValueError(f"--tp must be positive, got {size}")
     for name in ("gpus", "top", "max_micro_batch", "sweep_to", "micro_batches", "memory_gb"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and isfinite(value)):
@@ -181,8 +193,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--png draws a step or a sweep: add --explain or --sweep")
     if args.layouts and not args.sweep:
         raise ValueError("--layouts goes with --sweep; for one layout's step use --explain")
-    if args.layouts and len(set(args.layouts)) < len(args.layouts):
-        raise ValueError("--layouts: one is given twice")
     for option, path in (("--trace", args.trace), ("--png", args.png)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{option} {path}: name a file in a folder that exists")

@@ -34,6 +34,8 @@ def model_shape(config: TrainingConfig) -> ModelShape:
         experts=config.num_experts or 0,
         top_k=config.moe_router_topk,
         moe_every=config.moe_layer_freq,
+        qkv_bias=config.add_qkv_bias,
+        qk_norm=config.qk_layernorm,
     )
 
 

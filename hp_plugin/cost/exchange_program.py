@@ -139,4 +139,18 @@ def _scores(share: Share) -> Exchanged:
             pieces=blocks,
         ),
     )
-    return Exchanged(rotate, core, (), gradient, rotate)
+    norms = _slice_norms(share)
+    return Exchanged((*norms, *rotate), core, (), gradient, (*rotate, *norms))
+
+
+def _slice_norms(share: Share) -> Program:
+    """QK-norm of slices: an fp32 sum of squares (after one for the mean) per head and token, forward and backward."""
+    model = share.model
+    if not model.qk_norm:
+        return ()
+    steps = 2 if model.norm_biases else 1
+    sums = tuple(
+        Collective(f"norms of {what}", "all_reduce", "dim", 4.0 * share.tokens * heads)
+        for what, heads in (("queries", share.heads), ("keys", share.groups))
+    )
+    return (Block((), sums * steps),)

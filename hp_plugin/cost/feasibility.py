@@ -78,6 +78,8 @@ def _features(share: Share) -> list[str]:
             said.append(f"ep={layout.ep} needs a model with experts")
         return said
     ranks = layout.tp * layout.cp * layout.dp
+    if layout.zero == "full":
+        said.append("zero=full (FSDP) is planned for dense models alone")
     if model.experts % layout.ep:
         said.append(f"{model.experts} experts do not divide over ep={layout.ep}")
     if ranks % layout.ep:
@@ -95,19 +97,21 @@ def _features(share: Share) -> list[str]:
 
 def _exchange(share: Share) -> list[str]:
     layout, workload = share.layout, share.workload
-    if workload.mode == "decode" and layout.n > 1 and layout.grid and layout.grid.exchange in ("sequence", "scores"):
-        return [f"exchange `{layout.grid.exchange}` has no key/value cache; decode needs batch"]
-    try:
-        name = share.exchange
-    except ValueError as error:
-        return [str(error)]
+    decode = workload.mode == "decode"
+    # Asked first: whether one position suits `sequence` is beside the point.
+    name = layout.grid.exchange if decode and layout.grid and layout.n > 1 else None
+    if name not in ("sequence", "scores"):
+        try:
+            name = share.exchange
+        except ValueError as error:
+            return [str(error)]
     width = share.model.d // (layout.n if name == "local" else 1)
     if layout.cp > 1 and not is_fused(width, workload.training):
         return [f"context parallelism trains with fused attention alone, which ends at head dimension {FUSED_HEAD_DIM}"]
     if name in ("sequence", "scores"):
         if layout.cp > 1:
             return [f"exchange `{name}` cannot do context parallelism; batch can"]
-        if workload.mode == "decode":
+        if decode:
             return [f"exchange `{name}` has no key/value cache; decode needs batch"]
     return []
 

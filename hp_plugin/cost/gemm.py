@@ -81,8 +81,8 @@ class GemmTable:
     def _rate(self, batch: int, m: int, n: int, k: int) -> float:
         """Operations per second at this shape, padding of few columns paid for.
 
-        Fewer rows than the table has keep its rate: libraries split k over multiprocessors that would be idle. What
-        bounds such products is memory, which is not this table's matter.
+        Fewer rows than the table has keep its rate: libraries split k over multiprocessors that would be idle. Such
+        products are bound by memory bandwidth, which is priced elsewhere.
         """
         rows, columns = max(m, self._axes[1][0]), max(n, min(TILE, self._axes[2][0]))
         # Beyond the table more matrices or columns are more output tiles, which is all that a longer m is.

@@ -52,8 +52,8 @@ def chunk_sync(share: Share, parameters: RankParameters, rank: int, chunk: int) 
 def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]:
     """What follows the last backward pass of a rank with these virtual stages.
 
-    Tied embeddings; under sequence parallelism norms, biases after row-parallel layers, and routers of Megatron-Core's
-    MoE; the gradient norm.
+    Tied embeddings; norms of queries and keys; under sequence parallelism other norms, biases after row-parallel
+    layers, and routers of Megatron-Core's MoE; the gradient norm.
     """
     model, layout = share.model, share.layout
     if not share.workload.training:
@@ -63,11 +63,14 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
     if model.tied and layout.pp > 1 and model.vocab and ends:
         size = model.vocab / layout.tp * model.D * share.workload.grad_itemsize
         said.append(Collective("sum tied embedding gradients", "all_reduce", "ends", size))
+    # Each rank's gradient of the norms that all heads share comes from its own heads.
+    shared = sum(stage.layers for stage in chunks) * model.qk_norm_parameters if layout.tp > 1 else 0
     if share.sp:
-        shared = sum(2 * stage.layers + stage.last for stage in chunks) * model.norm_parameters
+        shared += sum(2 * stage.layers + stage.last for stage in chunks) * model.norm_parameters
         shared += sum(row_biases(model, stage) for stage in chunks)
         if layout.moe == "megatron":
             shared += sum(stage.moe for stage in chunks) * model.D * model.experts
+    if shared:
         said.append(Collective("sum norm gradients", "all_reduce", "tp", float(shared * share.workload.grad_itemsize)))
     if layout.world > 1:
         said.append(Collective("gradient norm", "all_reduce", "world", 8.0))

@@ -22,7 +22,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except RecursionError:
-        raise ValueError(f"{what} {path}: not JSON that anyone would write, nested too deeply") from None
+        raise ValueError(f"{what} {path}: the JSON is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{what} {path}: {error}") from None
     if not isinstance(found, dict):

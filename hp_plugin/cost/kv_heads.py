@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hp_plugin.cost.candidates import Search
+from hp_plugin.cost.feasibility import shape_problems
 from hp_plugin.cost.hardware import load_hardware
+from hp_plugin.cost.layout import Layout
 from hp_plugin.cost.model_shape import ModelShape, load_model
 from hp_plugin.cost.planner import make_plan
 from hp_plugin.cost.prediction import Prediction
+from hp_plugin.cost.share import Share
 from hp_plugin.cost.workload import Workload
 
 MACHINE = "h100-ib"
+"""The machine that the models are predicted on."""
 CASES = {
     "qwen2.5-3b": (16, (8, 16)),
     "qwen2.5-7b": (16, (8, 16)),
@@ -27,7 +31,9 @@ WORKLOADS = {
     "train": Workload("train", 4096, 256),
     "decode": Workload("decode", 4096, 16),
 }
+"""What is run, by mode: a batch that all layouts can share, and few sequences for latency."""
 MAX_MICRO_BATCH = 8
+"""Sequences per micro-batch tried."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class Row:
         """The row as text."""
         model, stock, grid = self.model, self.stock, self.grid
         said = f"{model.name:<15}{model.h:>3}{model.g:>3}{self.gpus:>5}{self.tp:>4}"
-        refusal = "not possible" if model.h % self.tp else "no memory"
+        problems = shape_problems(Share(model, Layout(self.tp), Workload("forward", 2 * self.tp, self.gpus)))
+        refusal = "not possible" if problems else "no memory"
         said += f"{stock.tokens_per_s:>14,.0f}" if stock else f"{refusal:>14}"
         if grid is None or grid.layout.grid is None:
             return f"{said}  no grid fits"

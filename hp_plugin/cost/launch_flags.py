@@ -18,6 +18,8 @@ def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
     flags += ["--swiglu"] if model.gated else []
     flags += [] if model.norm_biases else ["--normalization RMSNorm"]
     flags += [] if model.biases else ["--disable-bias-linear"]
+    flags += ["--add-qkv-bias"] if model.qkv_bias else []
+    flags += ["--qk-layernorm"] if model.qk_norm else []
     flags += [] if model.tied else ["--untie-embeddings-and-output-weights"]
     positions = "rope" if model.rotary else "learned_absolute" if model.learned_positions else "none"
     flags.append(f"--position-embedding-type {positions}")

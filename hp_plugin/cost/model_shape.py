@@ -13,6 +13,7 @@ from hp_plugin.cost.hardware import package_json
 from hp_plugin.cost.json_file import read_object
 
 MAX_LAYERS = 10_000
+"""Layers beyond which a model is taken for a typing error."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ModelShape:
         experts: experts per MoE layer, 0 for a dense model; top_k of them see a token; every `moe_every`-th layer
             (counted from the first) is a MoE layer.
         dropout: whether attention and hidden dropout are on.
+        qkv_bias: whether the QKV projection has a bias where other layers have none. qk_norm: whether every query and
+            key head is normalized.
 
     Raises:
         ValueError: sizes that contradict each other.
@@ -50,6 +53,8 @@ class ModelShape:
     experts: int = 0
     top_k: int = 1
     moe_every: int = 1
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "D", "h", "g", "d", "ffn", "top_k", "moe_every"):
@@ -80,7 +85,8 @@ class ModelShape:
     def attention_parameters(self) -> int:
         """Parameters of one layer's QKV and output projections."""
         rows = (self.h + 2 * self.g) * self.d
-        return self.D * rows + self.h * self.d * self.D + (rows + self.D if self.biases else 0)
+        biases = rows + self.D if self.biases else rows if self.qkv_bias else 0
+        return self.D * rows + self.h * self.d * self.D + biases
 
     @property
     def mlp_parameters(self) -> int:
@@ -93,10 +99,15 @@ class ModelShape:
         """Parameters of one norm."""
         return self.D * (2 if self.norm_biases else 1)
 
+    @property
+    def qk_norm_parameters(self) -> int:
+        """Parameters of one layer's norms of queries and keys, which all heads share."""
+        return 2 * self.d * (2 if self.norm_biases else 1) if self.qk_norm else 0
+
     def layer_parameters(self, moe: bool) -> int:
         """Parameters of one layer, all experts and the router counted."""
         mlp = self.experts * self.mlp_parameters + self.D * self.experts if moe else self.mlp_parameters
-        return self.attention_parameters + mlp + 2 * self.norm_parameters
+        return self.attention_parameters + mlp + 2 * self.norm_parameters + self.qk_norm_parameters
 
     @property
     def embedding_parameters(self) -> int:
@@ -152,8 +163,8 @@ def load_model(text: str) -> ModelShape:
     if path.suffix == ".json" or path.is_file():
         found = read_object(path, "model file")
         if hugging_face.MARK in found:
-            name = path.parent.name if path.stem == "config" else path.stem
-            return _from_fields(name or path.stem, {**_hugging_face(path, found), **_pairs(rest)})
+            name = path.resolve().parent.name if path.stem == "config" else path.stem
+            return _from_fields(name, {**_hugging_face(path, found), **_pairs(rest)})
         return _from_fields(path.stem, {**_shape(found), **_pairs(rest)})
     near = get_close_matches(first, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -127,10 +127,10 @@ def _experts_backward(share: Share) -> list[Gemm | Stream]:
 
 
 def _expert_sizes(share: Share) -> tuple[int, int, int]:
-    """(experts on this rank, rows each of them gets, outputs of the first linear)."""
-    local = share.model.experts // share.layout.ep
-    rows = max(1, routed_tokens(share) // local)
-    return local, rows, share.model.ffn * (2 if share.model.gated else 1)
+    """(experts of this rank that get tokens, rows each of them gets, outputs of the first linear)."""
+    routed = routed_tokens(share)
+    active = min(share.model.experts // share.layout.ep, routed)
+    return active, -(-routed // active), share.model.ffn * (2 if share.model.gated else 1)
 
 
 def _router(share: Share, tokens: int) -> tuple[Gemm, Gemm]:

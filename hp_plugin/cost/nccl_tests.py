@@ -94,14 +94,17 @@ def read_nccl_tests(path: Path, kind: str | None = None) -> Measured:
 def _take(run: _Run, path: Path, number: int, text: str) -> None:
     """One line into the run."""
     where = f"nccl-tests file {path}, line {number}"
-    program = _PROGRAM.search(text)
+    starting = "Collective test starting" in text
+    programs = _PROGRAM.findall(text)
+    known = [name for name in programs if name in NAMES]
     rank = _RANK.match(text)
-    if run.points and (rank or (program and "concluded" not in text)):
+    if run.points and (rank or starting):
         raise ValueError(f"{where}: another run begins here; give every run a file of its own")
-    if program:
-        if program[1] not in NAMES:
-            raise ValueError(f"{where}: {program[0]} is none of {', '.join(NAMES)}, which a layout needs")
-        run.kind = NAMES[program[1]]
+    if known and not run.points:
+        # The command itself may stand in a folder or behind a wrapper of a like name.
+        run.kind = NAMES[known[-1]]
+    elif programs and starting:
+        raise ValueError(f"{where}: {programs[-1]}_perf is none of {', '.join(NAMES)}, which a layout needs")
     words = text.split()
     if rank:
         run.hosts[int(rank[1])] = rank[2]

@@ -31,7 +31,7 @@ def placements(tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, doma
 
     Keys: `tp`, `head` and `dim` (of the m × n grid), `cp`, `dp` (with context ranks, over which gradients are
     reduced), `pp` (two neighbouring stages), `ends` (first and last stage), `ep` and `edp` (experts and their
-    replicas), `pipeline` (all stages) and `world`.
+    replicas), and `world`.
 
     Args:
         ep: ranks over which experts are spread: consecutive ranks of a pipeline stage.
@@ -51,7 +51,6 @@ def placements(tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, doma
         "dp": [[at + base + tp * k for k in range(cp * dp)] for at in starts for base in range(tp)],
         "pp": [[at + rank, at + stage + rank] for at in _before(pp, starts, stage) for rank in ranks] or [[0]],
         "ends": [[rank, rank + stage * (pp - 1)] for rank in ranks] if pp > 1 else [[0]],
-        "pipeline": [[rank + stage * number for number in range(pp)] for rank in ranks],
         "ep": [[at + base * ep + k for k in range(ep)] for at in starts for base in range(stage // ep)],
         "edp": [[at + base + ep * k for k in range(stage // ep)] for at in starts for base in range(ep)],
         "world": [list(range(stage * pp))],

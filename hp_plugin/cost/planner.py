@@ -18,6 +18,7 @@ from hp_plugin.cost.share import Share
 from hp_plugin.cost.workload import Workload
 
 MAX_GPUS = 65_536
+"""GPUs beyond which a number is taken for a typing error."""
 
 
 @dataclass
@@ -120,6 +121,8 @@ def _nothing_fits(
         f"global batch {workload.global_batch} must be a multiple of the data-parallel size (try --global-batch "
         f"{max(1, workload.global_batch // gpus) * gpus})"
     )
+    if search.tensor_parallel is not None and not any(gpus % tp == 0 for tp in search.tensor_parallel):
+        return f"--tp {' '.join(map(str, search.tensor_parallel))}: no such size divides {gpus} GPUs"
     if not refused:
         if search.micro_batches is not None:
             return (
@@ -136,4 +139,5 @@ def _nothing_fits(
             f"{least}; use more GPUs, a smaller model or --memory-gb"
         )
     reasons = sorted({said for _, said in refused}, key=len)
-    return f"no layout of {model.name} runs on {gpus} GPUs: {reasons[0]}; or {batch}"
+    way_out = f"; or {batch}" if workload.global_batch % gpus else ""
+    return f"no layout of {model.name} runs on {gpus} GPUs: {reasons[0]}{way_out}"

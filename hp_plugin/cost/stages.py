@@ -66,7 +66,8 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankPar
     """
     tp = layout.tp
     biases = row_biases(model, stage)
-    replicated = 2 * model.norm_parameters * stage.layers + stage.moe * model.D * model.experts + biases
+    norms = 2 * model.norm_parameters + model.qk_norm_parameters
+    replicated = norms * stage.layers + stage.moe * model.D * model.experts + biases
     sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters - biases
     experts = stage.moe * model.experts // layout.ep * model.mlp_parameters
     if stage.first:

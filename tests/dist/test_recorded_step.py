@@ -35,6 +35,7 @@ MODELS = {
         8,
         4,
     ),
+    "QK-norm": CatalogueModel("", SMALL | {"qk_layernorm": True}, 8, 4),
     "one key/value head": CatalogueModel("", SMALL | {"num_query_groups": 1}, 8, 4),
     "16 heads": CatalogueModel(
         "", SMALL | {"hidden_size": 64, "num_attention_heads": 16, "num_query_groups": 16, "seq_length": 16}, 8, 4
@@ -80,6 +81,9 @@ def record(model: CatalogueModel, text: str, mode: str) -> tuple[Calls, Calls]:
         (4, "learned positions", "grid=2x2,exchange=sequence,sp"),
         (4, "learned positions", "grid=4x1"),
         (4, "learned positions", "tp=4,sp"),
+        (4, "QK-norm", "tp=4"),
+        (4, "QK-norm", "grid=2x2,exchange=batch"),
+        (4, "QK-norm", "grid=2x2,exchange=scores,sp"),
         (4, "one key/value head", "tp=4"),
         (4, "one key/value head", "grid=1x4"),
         (4, "rotary", "grid=1x2,pp=2"),

@@ -119,7 +119,7 @@ def test_files_that_are_no_description_are_named(tmp_path: Path) -> None:
     for content, said in (
         (b'{"a": 1, "a": 2}', "m.json: 'a' is given twice"),
         (b"\xff\xfe", "m.json: not UTF-8 text"),
-        (b"[" * 100_000, "m.json: not JSON that anyone would write"),
+        (b"[" * 100_000, "m.json: the JSON is nested too deeply"),
         (b'{"a": ', "m.json, line 1: not JSON"),
     ):
         path.write_bytes(content)
@@ -259,7 +259,8 @@ def test_other_versions_columns_and_lines(tmp_path: Path) -> None:
     old = NCCL_TESTS.replace("    root  ", "  ").replace("      -1  ", "  ")
     empty = "     0     0     float     sum      -1" + "     0.20    0.00    0.00      0" * 2 + "\n"
     noisy = NCCL_TESTS.replace("# Out of", empty + "10.0.0.7 NCCL INFO ring 0\n# Out of")
-    for text in (stamped, old, noisy, NCCL_TESTS.replace("\n", "\r\n")):
+    folder = "cd /data/my_perf_runs && ./all_reduce_perf -b 1M\n" + NCCL_TESTS + "srun: job all_reduce_perf finished\n"
+    for text in (stamped, old, noisy, folder, NCCL_TESTS.replace("\n", "\r\n")):
         assert text != NCCL_TESTS
         path.write_bytes(text.encode())
         assert read_nccl_tests(path, "all_reduce").curve.seconds(16777216) == pytest.approx(200e-6)
@@ -277,7 +278,7 @@ def test_sendrecv_over_many_ranks_is_a_pairs_curve(tmp_path: Path) -> None:
     [
         (NCCL_TESTS + NCCL_TESTS, "line 19: another run begins here; give every run a file of its own"),
         (NCCL_TESTS.replace("node-b device  1", "node-a device  2"), r"unevenly \(3 on node-a, 1 on node-b\)"),
-        ("broadcast_perf\n" + NCCL_TESTS, "line 1: broadcast_perf is none of all_reduce"),
+        ("# Collective test starting: broadcast_perf\n" + NCCL_TESTS, "line 1: broadcast_perf is none of all_reduce"),
         ("all_gather_perf\n" + NCCL_TESTS, "the file says that it is all_gather"),
         (NCCL_TESTS.replace("  50.00", "    nan"), "line 12: size and time must be positive and finite"),
         ("\n".join(line for line in NCCL_TESTS.splitlines() if "Rank  " not in line or "Rank  0" in line), "one rank"),

@@ -39,7 +39,7 @@ def test_stock_cannot_split_28_heads_over_8_ranks() -> None:
 
 
 def test_a_grid_gains_in_training_where_stock_gathers_its_activations() -> None:
-    """16 ranks, 4 key/value heads, heads together twice as wide as the model: stock gathers more than it sums."""
+    """16 ranks, 4 key/value heads, heads together twice as wide as the model: stock gathers more than a sum moves."""
     found = row(load_model("qwen3-30b-a3b"), 16, 16, "train", None)
     assert found.stock is not None and found.grid is not None
     assert found.grid.tokens_per_s > 1.1 * found.stock.tokens_per_s

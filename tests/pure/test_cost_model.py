@@ -20,7 +20,11 @@ from hp_plugin.cost.workload import Workload
         ("llama3-8b", 8_030_261_248),
         ("llama3-70b", 70_553_706_496),
         ("mixtral-8x7b", 46_702_792_704),
-        ("qwen2.5-3b,biases=false", 3_085_938_688 - 36 * (2048 + 2 * 256)),  # published with QKV biases alone
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("qwen3-32b", 32_762_123_264),
+        ("qwen3-30b-a3b", 30_532_122_624),
     ],
 )
 def test_parameter_counts_of_released_models(name: str, published: int) -> None:
@@ -158,6 +162,7 @@ def test_tokens_of_a_step() -> None:
 
 
 QWEN3_MOE = {
+    "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
     "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_experts": 128,
     "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
@@ -174,14 +179,21 @@ def test_a_hugging_face_config_is_a_model(tmp_path: Path) -> None:
     assert load_model(str(path)).parameters == pytest.approx(30.5e9, rel=0.01)
     for key, said in (
         ("kv_lora_rank", "multi-latent attention"),
-        ("shared_expert_intermediate_size", "shared experts"),
+        ("n_shared_experts", "an expert shared"),
     ):
         path.write_text(json.dumps(QWEN3_MOE | {key: 512}))
         with pytest.raises(ValueError, match=rf"config\.json: {said}"):
             load_model(str(path))
-    path.write_text(json.dumps({"num_hidden_layers": 2, "hidden_size": 64}))
-    with pytest.raises(ValueError, match="without num_attention_heads"):
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    with pytest.raises(ValueError, match="num_hidden_layers is missing"):
         load_model(str(path))
+    path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64}))
+    with pytest.raises(ValueError, match="model_type 'gpt2' is not supported; supported are llama"):
+        load_model(str(path))
+    decoder = {**QWEN3_MOE, "model_type": "gemma3_text", "num_experts": 0}
+    del decoder["tie_word_embeddings"]
+    path.write_text(json.dumps({"model_type": "gemma3", "text_config": decoder}))
+    assert load_model(str(path)).tied and load_model(str(path)).ffn == 6144
 
 
 @pytest.mark.parametrize("heads", ["32", None, 0, [32], 2.5])

@@ -90,6 +90,22 @@ def test_exchanges_move_what_their_rules_say(exchange: str, m: int, n: int, rota
     assert backward == pytest.approx(2 * rule.elements_backward(shape), rel=1e-9, abs=4)
 
 
+@pytest.mark.parametrize(("norm_biases", "sums"), [(False, 1), (True, 2)])
+def test_norms_of_queries_and_keys_by_hand(norm_biases: bool, sums: int) -> None:
+    """Slices sum their squares (and means) over the dim group; the weights' gradients are summed over all ranks."""
+    model = replace(ODD, qk_norm=True, norm_biases=norm_biases)
+    mine = share("grid=2x2,exchange=scores,mbs=3", model)
+    fp32 = 4 * 24 * 3
+    norms = [("all_reduce", "dim", 6 * fp32), ("all_reduce", "dim", 3 * fp32)] * sums
+    assert listed(attention_forward(mine))[: 2 * sums] == norms
+    assert [each for each in listed(attention_backward(mine)) if each in norms] == norms
+    plain = listed(attention_forward(share("grid=2x2,exchange=batch,mbs=4", model)))
+    assert plain == listed(attention_forward(share("grid=2x2,exchange=batch,mbs=4")))
+    stages = build_stages(model, mine.layout)
+    (found,) = [each.bytes for each in end_of_step(mine, stages) if each.axis == "tp"]
+    assert found == 3 * 2 * 20 * sums * 4
+
+
 def test_batch_trade_by_hand() -> None:
     """2 × 2 grid, b = 4, s = 24: q, k and v of 6 + 2·3 slots of 10 channels there, 6 slots back."""
     trades = [each for each in listed(attention_forward(share("grid=2x2,exchange=batch,mbs=4"))) if each[1] == "dim"]

@@ -143,8 +143,11 @@ def test_own_measurements_change_the_prediction(capsys: pytest.CaptureFixture[st
         (["--continuous"], "continuous concerns decode"),
         (["--memory-gb", "nan"], "--memory-gb must be positive, got nan"),
         (["--validate", "--explain", "tp=4"], "--validate and --explain show different things"),
+        (["--validate"], "--validate has its own models and machines and takes no --model or --gpus"),
+        (["--tp", "0"], "--tp must be positive, got 0"),
+        (["--tp", "3"], "--tp 3: no such size divides 4 GPUs"),
         (["--sweep", "gpus", "--list-refused"], "--sweep and --list-refused show different things"),
-        (["--sweep", "gpus", "--layouts", "tp=4", "tp=4"], "--layouts: one is given twice"),
+        (["--sweep", "gpus", "--layouts", "tp=2", "tp=2,dp=2"], "--layouts: one is given twice"),
         (["--sweep", "gpus", "--sweep-to", "2"], "--sweep-to 2 leaves no size to try"),
         (
             ["--explain", "tp=4,mbs=2", "--trace", "nowhere/t.json"],
