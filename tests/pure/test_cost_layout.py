@@ -110,6 +110,7 @@ def test_sizes_that_do_run_have_no_problems() -> None:
         ("tp=2,ep=2", "train", "Megatron-Core runs MoE under TP only with sequence parallelism"),
         ("tp=2,ep=2", "forward", "Megatron-Core runs MoE under TP only with sequence parallelism"),
         ("tp=2,cp=2,ep=2,moe=deepspeed", "train", "cannot do context parallelism (cp=2)"),
+        ("dp=2,zero=full", "train", "zero=full (FSDP) is planned for dense models alone"),
         ("grid=1x2,mbs=2,exchange=scores", "decode", "has no key/value cache; decode needs batch"),
         ("tp=2,sp", "decode", "decode has one position per sequence"),
         ("dp=2,recompute=full", "forward", "recompute and zero concern training only"),

@@ -233,6 +233,15 @@ def test_expert_operations_add_up_over_ranks() -> None:
     assert per_rank * 4 == pytest.approx(2 * tokens * (2 * 2 * 40 * 72 + 40 * 8))
 
 
+def test_few_tokens_read_the_experts_they_choose_alone() -> None:
+    """Three top-2 tokens choose 6 of 8 experts at most, one row each; 16 rows over 8 experts are 2 rows each."""
+    for tokens, experts, rows in ((3, 6, 1), (1, 2, 1), (8, 8, 2)):
+        mine = share(f"mbs={tokens}", MOE, mode="decode", batch=tokens)
+        kernels = [kernel for block in layer(mine, True).forward for kernel in block.kernels]
+        (first,) = [kernel for kernel in kernels if kernel.name == "expert fc1"]
+        assert (first.batch, first.m) == (experts, rows)  # type: ignore[union-attr]
+
+
 def test_ends_of_the_model_by_hand() -> None:
     """Vocabulary 104 over 2 ranks, 72 tokens: embedding sum; three sums of one fp32 number per token in the loss."""
     mine = share("tp=2,mbs=3")
