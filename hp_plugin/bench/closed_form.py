@@ -63,7 +63,7 @@ def group_sizes(entrant: Entrant) -> dict[str, int]:
         "ends": 2,
         "cp": layout.cp,
         "ep": layout.ep,
-        "dp": layout.dp * layout.cp,
-        "edp": max(1, layout.tp * layout.cp * layout.dp // layout.ep),
+        "dp": layout.replicas,
+        "edp": layout.expert_replicas,
         "world": layout.world,
     }

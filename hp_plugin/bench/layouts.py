@@ -31,7 +31,7 @@ class Entrant:
     @property
     def exact(self) -> bool:
         """Whether it computes the model's own attention."""
-        return self.layout.grid is None or self.layout.grid.exact
+        return self.layout.exact
 
     @property
     def title(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hp_plugin.cost.layer_program import Passes
-from hp_plugin.cost.linear_program import column_backward, column_forward
+from hp_plugin.cost.linear_program import column_backward, column_forward, gathered_columns
 from hp_plugin.cost.program import Block, Collective, Program, Stream
 from hp_plugin.cost.share import Share
 
@@ -65,10 +65,7 @@ def head(share: Share) -> Passes:
 
 
 def _sampling(share: Share, logits: float) -> Program:
-    """Megatron-Core gathers the logits over the TP group, joined by a copy, and every rank picks the same tokens."""
+    """Megatron-Core gathers the logits over the TP group, and every rank picks the same tokens."""
     whole = logits * share.P * share.e
     pick = Block((Stream("pick tokens", whole),))
-    if share.P == 1:
-        return (pick,)
-    gather = Collective("gather logits", "all_gather", "tp", whole)
-    return (Block((), (gather,)), Block((Stream("join gathered logits", 2 * whole),)), pick)
+    return (*gathered_columns("logits", whole), pick) if share.P > 1 else (pick,)

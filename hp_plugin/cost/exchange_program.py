@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hp_plugin.cost.core_attention_program import core_backward, core_forward, is_fused
+from hp_plugin.cost.linear_program import gathered_columns
 from hp_plugin.cost.program import Block, Collective, Gemm, Kernel, Program, Stream
 from hp_plugin.cost.share import Share
 from hp_plugin.exchange_rules import RULES, SCORES_BLOCK, ScoresRule
@@ -52,10 +53,8 @@ def exchanged(share: Share) -> Exchanged:
         after = _trade("context", share.context_bytes)
     if share.gathers_qkv:
         gathered = share.qkv_bytes * share.P
-        # Megatron-Core joins the gathered parts along the last dimension, which is a copy, and so is their gradient's
-        # way back; the gradient of a rank's own heads is first laid into zeros of the gathered size.
-        join = Stream("join gathered qkv", 2 * gathered)
-        before = (Block((), (Collective("gather qkv", "all_gather", "tp", gathered),)), Block((join,)))
+        before = gathered_columns("qkv", gathered)
+        # The gradient of a rank's own heads is laid into zeros of the gathered size, which then are copied apart.
         split = Stream("split qkv gradient", 3 * gathered)
         before_gradient = (Block((split,), (Collective("scatter qkv gradient", "reduce_scatter", "tp", gathered),)),)
     shape = {

@@ -34,8 +34,8 @@ def chunk_sync(share: Share, parameters: RankParameters, rank: int, chunk: int) 
     gradients: list[Collective] = []
     weights: list[Collective] = []
     groups = (
-        ("dp", parameters.dense, layout.dp * layout.cp),
-        ("edp", parameters.experts, max(1, layout.tp * layout.cp * layout.dp // layout.ep)),
+        ("dp", parameters.dense, layout.replicas),
+        ("edp", parameters.experts, layout.expert_replicas),
     )
     for axis, count, replicas in groups:
         if not count or replicas == 1:
@@ -91,8 +91,8 @@ def optimizer_bytes(share: Share, chunks: Sequence[RankParameters]) -> float:
     layout = share.layout
     total = 0.0
     for count, replicas in (
-        (sum(chunk.dense for chunk in chunks), layout.dp * layout.cp),
-        (sum(chunk.experts for chunk in chunks), max(1, layout.tp * layout.cp * layout.dp // layout.ep)),
+        (sum(chunk.dense for chunk in chunks), layout.replicas),
+        (sum(chunk.experts for chunk in chunks), layout.expert_replicas),
     ):
         mine = count if layout.zero == "replicated" else count / replicas
         passes = 1 if layout.zero == "full" or replicas == 1 else 3

@@ -52,9 +52,7 @@ class Row:
         """The row as text."""
         model, stock, grid = self.model, self.stock, self.grid
         said = f"{model.name:<15}{model.h:>3}{model.g:>3}{self.gpus:>5}{self.tp:>4}"
-        problems = shape_problems(Share(model, Layout(self.tp), Workload("forward", 2 * self.tp, self.gpus)))
-        refusal = "not possible" if problems else "no memory"
-        said += f"{stock.tokens_per_s:>14,.0f}" if stock else f"{refusal:>14}"
+        said += f"{stock.tokens_per_s:>14,.0f}" if stock else f"{self._refusal:>14}"
         if grid is None or grid.layout.grid is None:
             return f"{said}  no grid fits"
         said += f"  {f'{grid.layout.m}x{grid.layout.n} {grid.layout.grid.exchange}':<13}{grid.tokens_per_s:>10,.0f}"
@@ -64,6 +62,11 @@ class Row:
             said += f"{'-':>7}" * 2
         best = self.any_stock
         return said + (f"{grid.tokens_per_s / best.tokens_per_s:>7.2f}  {best.layout}" if best else f"{'-':>7}")
+
+    @property
+    def _refusal(self) -> str:
+        share = Share(self.model, Layout(self.tp), Workload("forward", 2 * self.tp, self.gpus))
+        return "not possible" if shape_problems(share) else "no memory"
 
 
 def rows(mode: str) -> Iterator[Row]:

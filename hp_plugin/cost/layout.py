@@ -63,6 +63,21 @@ class Layout:
         return self.tp * self.pp * self.cp * self.dp
 
     @property
+    def exact(self) -> bool:
+        """Whether it computes the model's own attention (`local` does not)."""
+        return self.grid is None or self.grid.exact
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, but for experts: over these gradients are reduced."""
+        return self.dp * self.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(1, self.tp * self.cp * self.dp // self.ep)
+
+    @property
     def m(self) -> int:
         """Size of the head axis: tp without a grid."""
         return self.grid.m if self.grid else self.tp

@@ -6,7 +6,7 @@ Source: `megatron.core.tensor_parallel.layers` (`ColumnParallelLinear`, `RowPara
 
 from __future__ import annotations
 
-from hp_plugin.cost.program import Block, Collective, Gemm, Program
+from hp_plugin.cost.program import Block, Collective, Gemm, Program, Stream
 from hp_plugin.cost.share import Share
 
 
@@ -54,6 +54,15 @@ def row_backward(share: Share, name: str, columns: int) -> Program:
         return (Block((data, weight)),)
     gather = Collective(f"{name}: gather output gradient", "all_gather", "tp", share.hidden_bytes)
     return (*_joined(share, data, gather), Block((weight,)))
+
+
+def gathered_columns(what: str, size: float) -> Program:
+    """All ranks' columns, `size` bytes together: a gather along the first dimension, then a copy that joins them.
+
+    Source: `megatron.core.tensor_parallel.mappings._gather_along_last_dim`.
+    """
+    gather = Collective(f"gather {what}", "all_gather", "tp", size)
+    return (Block((), (gather,)), Block((Stream(f"join gathered {what}", 2 * size),)))
 
 
 def _joined(share: Share, product: Gemm, collective: Collective) -> Program:

@@ -49,9 +49,8 @@ def _rank_memory(
     model, layout, workload = share.model, share.layout, share.workload
     counts = [stage_parameters(model, layout, stage) for stage in chunks]
     dense, experts = sum(count.dense for count in counts), sum(count.experts for count in counts)
-    replicas = layout.dp * layout.cp
+    replicas = layout.replicas
     weights: float
-    expert_replicas = max(1, layout.tp * layout.cp * layout.dp // layout.ep)
     weights = share.e * (dense + experts)
     gradients = optimizer = 0.0
     if workload.training:
@@ -59,7 +58,7 @@ def _rank_memory(
         gradients = workload.grad_itemsize * (dense + experts)
         # 16-bit gradients are copied to fp32 for the shard that a rank updates.
         optimizer = (OPTIMIZER_BYTES + (4 if workload.grad_itemsize < 4 else 0)) * (
-            dense / (replicas if sharded else 1) + experts / (expert_replicas if sharded else 1)
+            dense / (replicas if sharded else 1) + experts / (layout.expert_replicas if sharded else 1)
         )
         if layout.zero == "full":
             # Two layers' weights and one layer's gradients are whole at a time.

@@ -15,7 +15,7 @@ from pathlib import Path
 from hp_plugin.cost.collectives import KINDS
 from hp_plugin.cost.curve import TimeCurve
 
-NAMES = {
+_NAMES = {
     "all_reduce": "all_reduce",
     "all_gather": "all_gather",
     "reduce_scatter": "reduce_scatter",
@@ -52,9 +52,9 @@ class _Run:
     header: list[str] = field(default_factory=lambda: _HEADER)
 
 
-def kind_named(name: str) -> str | None:
+def _kind_named(name: str) -> str | None:
     """A collective by this planner's name or by nccl-tests' own; None for others."""
-    return name if name in KINDS else NAMES.get(name)
+    return name if name in KINDS else _NAMES.get(name)
 
 
 def read_nccl_tests(path: Path, kind: str | None = None) -> Measured:
@@ -70,7 +70,7 @@ def read_nccl_tests(path: Path, kind: str | None = None) -> Measured:
         ValueError: the file cannot be read, names no collective or rank, holds several runs, spreads ranks unevenly
             over hosts, or has a malformed line (which is named).
     """
-    wanted = None if kind is None else kind_named(kind)
+    wanted = None if kind is None else _kind_named(kind)
     if kind is not None and wanted is None:
         raise ValueError(f"--nccl-tests {kind}={path}: unknown collective; choose from {', '.join(KINDS)}")
     try:
@@ -96,15 +96,15 @@ def _take(run: _Run, path: Path, number: int, text: str) -> None:
     where = f"nccl-tests file {path}, line {number}"
     starting = "Collective test starting" in text
     programs = _PROGRAM.findall(text)
-    known = [name for name in programs if name in NAMES]
+    known = [name for name in programs if name in _NAMES]
     rank = _RANK.match(text)
     if run.points and (rank or starting):
         raise ValueError(f"{where}: another run begins here; give every run a file of its own")
     if known and not run.points:
         # The command itself may stand in a folder or behind a wrapper of a like name.
-        run.kind = NAMES[known[-1]]
+        run.kind = _NAMES[known[-1]]
     elif programs and starting:
-        raise ValueError(f"{where}: {programs[-1]}_perf is none of {', '.join(NAMES)}, which a layout needs")
+        raise ValueError(f"{where}: {programs[-1]}_perf is none of {', '.join(_NAMES)}, which a layout needs")
     words = text.split()
     if rank:
         run.hosts[int(rank[1])] = rank[2]

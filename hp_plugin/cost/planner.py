@@ -38,7 +38,7 @@ class Plan:
     @property
     def exact(self) -> list[Prediction]:
         """Predictions that compute the model's own attention (`local` does not)."""
-        return [found for found in self.found if found.layout.grid is None or found.layout.grid.exact]
+        return [found for found in self.found if found.layout.exact]
 
 
 def make_plan(
@@ -78,7 +78,7 @@ def make_plan(
     plan.found.sort(
         key=lambda found: (
             -round(found.tokens_per_s, 3),
-            bool(found.layout.grid and not found.layout.grid.exact),
+            not found.layout.exact,
             found.layout.grid is not None,
             str(found.layout),
         )

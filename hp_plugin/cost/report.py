@@ -57,7 +57,7 @@ def _table(found: Sequence[Prediction]) -> list[str]:
         f"  {'layout':<{width}}{'tokens/s':>12}{'TPOT ms':>9}{'bubble':>8}{'memory GB':>11}{'TFLOP/s':>9}  bottleneck"
     ]
     for one in found:
-        mark = "" if one.layout.grid is None or one.layout.grid.exact else f" {MARK}"
+        mark = "" if one.layout.exact else f" {MARK}"
         lines.append(
             f"  {f'{one.layout}{mark}':<{width}}{one.tokens_per_s:>12,.0f}{one.tpot * 1e3:>9.3f}{one.bubble:>8.1%}"
             f"{one.memory.total / 1e9:>11.1f}{one.operations_per_s / 1e12:>9.0f}  {one.bottleneck}"
