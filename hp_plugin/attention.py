@@ -8,15 +8,10 @@ axis* size n; collectives say which of them they span.
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
-import torch
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor_from_config,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,12 +21,9 @@ from torch import Tensor
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.core_attention import HeadDimCoreAttention
-from hp_plugin.exchange import STRATEGIES, Exchange, QKVLayout
-from hp_plugin.exchange.local import slice_angles
+from hp_plugin.exchange import STRATEGIES, Exchange, QKVLayout, Turn
 from hp_plugin.exchange_rules import AUTO_ORDER, AttentionShape
 from hp_plugin.groups import HeadDimGroups
-from hp_plugin.inner_attention.slice_norm import slice_norm
-from hp_plugin.inner_attention.slice_rotary import rotate_slices
 from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
 from hp_plugin.plain_deepspeed import guard_plain_deepspeed
 from hp_plugin.sharding import proj_columns, qkv_rows
@@ -79,17 +71,10 @@ class HeadDimSelfAttention(SelfAttention):
         gate = getattr(config, "attention_output_gate", False)
         layout = QKVLayout(g // head_dim.m, h // g, d // head_dim.n, gate)
         exchanges = {name: STRATEGIES[name](groups, layout) for name in _candidates(head_dim)}
-        first = next(iter(exchanges.values()))
+        turn = Turn(next(iter(exchanges.values())))
         collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
-        collection.tp = groups.head
-        true_config = config
-        if first.name == "local":
-            # The literal method is stock attention with more and narrower heads, on the whole TP group.
-            _warn_another_function(head_dim, h, g, d)
-            collection.tp = groups.tp
-            config = copy.copy(config)
-            config.num_attention_heads, config.num_query_groups = h * head_dim.n, g * head_dim.n
-            config.kv_channels = d // head_dim.n
+        collection.tp = turn.exchange.stock_group
+        true_config, config = config, turn.exchange.stock_config(config)
         super().__init__(
             config,
             replace(
@@ -99,17 +84,17 @@ class HeadDimSelfAttention(SelfAttention):
                     submodules.linear_qkv,
                     groups=groups,
                     axis=qkv_rows(h, g, d, head_dim.m, head_dim.n, gate),
-                    exchange=first,
+                    turn=turn,
                 ),
                 core_attention=head_dim_spec(
-                    HeadDimCoreAttention, submodules.core_attention, groups=groups, exchanges=exchanges
+                    HeadDimCoreAttention, submodules.core_attention, exchanges=exchanges.values(), turn=turn
                 ),
                 linear_proj=head_dim_spec(
                     HeadDimRowParallelLinear,
                     submodules.linear_proj,
                     groups=groups,
                     axis=proj_columns(h, d, head_dim.m, head_dim.n),
-                    exchange=first,
+                    turn=turn,
                 ),
             ),
             layer_number,
@@ -124,8 +109,7 @@ class HeadDimSelfAttention(SelfAttention):
         self.groups = groups
         self.true_config = true_config
         self._exchanges = exchanges
-        self._exchange = first
-        self._angles: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._turn = turn
 
     def forward(
         self,
@@ -160,57 +144,32 @@ class HeadDimSelfAttention(SelfAttention):
             )
         angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
         exchange = self._pick(hidden_states, angles[0], inference_context)
-        if attention_bias is not None and exchange.name in ("sequence", "scores"):
+        if attention_bias is not None and not exchange.rule.stock_core:
             raise ValueError(f"exchange `{exchange.name}` cannot add an attention bias; --head-dim-exchange batch can")
-        self._exchange = self.linear_qkv.exchange = self.linear_proj.exchange = exchange
-        self.core_attention.caching = inference_context is not None
-        if exchange.name == "scores":
-            # Slices rotate with their partners' help, in get_query_key_value_tensors; stock must not rotate again.
-            self._angles, angles = angles, (None, None)
-        elif exchange.name == "local":
-            angles = tuple(
-                None if a is None else slice_angles(a, self.head_dim.n, self.config.rotary_interleaved) for a in angles
-            )
-        else:
-            angles = (
-                None if angles[0] is None else exchange.rotary_share(angles[0])[0],
-                None if angles[1] is None else exchange.rotary_share(angles[1])[1],
-            )
+        stock, own = exchange.split_angles(angles, self.config)
+        self._turn.begin(exchange, own, caching=inference_context is not None)
         return super().forward(
             hidden_states,
             exchange.mask_share(attention_mask),
             *args,
-            rotary_pos_emb=None if angles == (None, None) else angles,
+            rotary_pos_emb=None if stock == (None, None) else stock,
             attention_bias=exchange.mask_share(attention_bias),
             inference_context=inference_context,
             **kwargs,
         )
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As stock; under `sequence` and `scores` the column-parallel layer hands over separate tensors already."""
-        if self._exchange.name not in ("sequence", "scores"):
+        """As stock; an exchange whose column-parallel layer hands over separate tensors norms and rotates them."""
+        exchange = self._turn.exchange
+        if not exchange.separates:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         qkv, _ = self.linear_qkv(hidden_states)
-        query = self._normed(self.q_layernorm, qkv.query)
-        key = self._normed(self.k_layernorm, qkv.key)
-        if self._exchange.name == "scores":
-            query, key = rotate_slices(
-                query,
-                key,
-                self._angles,
-                group=self.groups.dim,
-                interleaved=self.config.rotary_interleaved,
-                mscale=_yarn_get_concentration_factor_from_config(self.config),
-            )
-            self._angles = (None, None)
+        query, key = (
+            states if norm is None or isinstance(norm, IdentityOp) else exchange.normed(norm, states)
+            for norm, states in ((self.q_layernorm, qkv.query), (self.k_layernorm, qkv.key))
+        )
+        query, key = exchange.rotated(query, key, self._turn.take_angles(), self.config)
         return (query, key, qkv.value) if qkv.gate is None else (query, key, qkv.value, qkv.gate)
-
-    def _normed(self, norm: torch.nn.Module | None, states: Tensor) -> Tensor:
-        if norm is None or isinstance(norm, IdentityOp):
-            return states
-        if self._exchange.name == "scores":
-            return slice_norm(norm, states, self.groups.dim)
-        return norm(states)
 
     def _pick(self, hidden_states: Tensor, angles: Tensor | None, inference_context: Any) -> Exchange:
         """The exchange that carries this micro-batch."""
@@ -222,9 +181,7 @@ class HeadDimSelfAttention(SelfAttention):
             refusals = unsupported(self.true_config, self.head_dim, exchange.name)
             if refusals:
                 raise ValueError(f"micro-batch of {shape.b} sequences of {s} tokens: " + "; ".join(refusals))
-        if inference_context is not None and not (
-            exchange.name in ("batch", "local") and inference_context.is_static_batching()
-        ):
+        if inference_context is not None and not (exchange.rule.caches and inference_context.is_static_batching()):
             raise ValueError(
                 f"inference with exchange `{exchange.name}` is not supported: use static batching with "
                 f"--head-dim-exchange batch and a batch size divisible by n = {self.head_dim.n}"
@@ -246,15 +203,3 @@ def _candidates(head_dim: HeadDimConfig) -> tuple[str, ...]:
 
 def _stock_collection() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp"])
-
-
-@cache
-def _warn_another_function(head_dim: HeadDimConfig, h: int, g: int, d: int) -> None:
-    """Warns once per shape and process that `local` is not the model's own attention."""
-    warnings.warn(
-        f"--head-dim-exchange local is another function than the model's attention: each of the {head_dim.n} slices "
-        f"runs its own softmax, which is attention with {h * head_dim.n} heads and {g * head_dim.n} query groups of "
-        f"{d // head_dim.n} channels instead of {h}, {g} and {d}; every other exchange is exact",
-        UserWarning,
-        stacklevel=3,
-    )

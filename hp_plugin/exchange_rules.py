@@ -45,6 +45,10 @@ class ExchangeRule:
     name: str
     moves: str
     exact = True
+    stock_core = True
+    """Whether stock's inner attention serves it, with all it can do: biases, offsets, context parallelism."""
+    caches = True
+    """Whether stock's key/value cache of static batches works beside it."""
 
     def missing(self, shape: AttentionShape) -> str | None:
         """Says why this exchange cannot carry `shape`, or None."""
@@ -83,6 +87,7 @@ class SequenceRule(ExchangeRule):
     """The same trade for s/n of the queries; keys and values are gathered whole."""
 
     name = "sequence"
+    stock_core = caches = False
     moves = "all-to-all of q slices against full heads of s/n queries, all-gather of k and v; the output back"
 
     def missing(self, shape: AttentionShape) -> str | None:
@@ -102,6 +107,7 @@ class ScoresRule(ExchangeRule):
     """Sum the partial scores of the slices before the softmax, in blocks of queries."""
 
     name = "scores"
+    stock_core = caches = False
     moves = "all-reduce of partial scores in query blocks; missing rotary halves; sums of squares of QK-norm"
 
     def missing(self, shape: AttentionShape) -> str | None:

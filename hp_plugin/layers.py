@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor
 
 from hp_plugin.checkpoint_slices import grid_pieces
-from hp_plugin.exchange import QKV, Exchange
+from hp_plugin.exchange import QKV, Turn
 from hp_plugin.groups import HeadDimGroups
 from hp_plugin.sharding import SlicedAxis
 
@@ -27,7 +27,7 @@ class _GridShard:
     Args:
         groups: the rank's grid. It replaces the TP group that stock attention passes, which is its head group.
         axis: the sharded weight axis; `owned` lists the stock indices of it that this rank holds, in order.
-        exchange: the strategy; the attention layer may set another one before a forward pass.
+        turn: the slot from which each forward pass takes its exchange.
     """
 
     shard_dim: int
@@ -38,7 +38,7 @@ class _GridShard:
         *args: Any,
         groups: HeadDimGroups,
         axis: SlicedAxis,
-        exchange: Exchange,
+        turn: Turn,
         init_method: Callable[[Tensor], Any],
         tp_group: Any = None,
         **kwargs: Any,
@@ -55,7 +55,7 @@ class _GridShard:
         super().__init__(*args, init_method=init_in_owned_order, tp_group=groups.tp, **kwargs)
         self.grid_axis = axis
         self.grid_groups = groups
-        self.exchange = exchange
+        self.turn = turn
 
     @property
     def owned(self) -> list[int]:
@@ -87,7 +87,7 @@ class HeadDimColumnParallelLinear(_GridShard):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | QKV, Tensor | None]:
         mixed, bias = super().forward(*args, **kwargs)
-        return self.exchange.to_heads(mixed), bias
+        return self.turn.exchange.to_heads(mixed), bias
 
 
 class HeadDimRowParallelLinear(_GridShard):
@@ -101,7 +101,7 @@ class HeadDimRowParallelLinear(_GridShard):
     sharded_parameters = ("weight",)
 
     def forward(self, context: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(self.exchange.to_slices(context), *args, **kwargs)
+        return super().forward(self.turn.exchange.to_slices(context), *args, **kwargs)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange_rules import AttentionShape
+from hp_plugin.exchange_rules import RULES, AttentionShape
 
 
 @dataclass
@@ -108,9 +108,10 @@ def unsupported(config: Any, grid: HeadDimConfig, exchange: str) -> list[str]:
         said.append("QK-clip rescales weight rows by whole heads, which slices do not hold: use n=1")
     if getattr(config, "log_max_attention_logit", False):
         said.append("--log-max-attention-logit reads whole heads of the whole micro-batch: use n=1")
-    if exchange == "local" and hasattr(config, "yarn_rotary_scaling_factor"):
-        said.append("`local` cannot place YaRN frequencies on slices: use an exact exchange")
-    if exchange not in ("sequence", "scores"):
+    rule = RULES.get(exchange)  # None: `auto`
+    if rule is not None and not rule.exact and hasattr(config, "yarn_rotary_scaling_factor"):
+        said.append(f"`{exchange}` cannot place YaRN frequencies on slices: use an exact exchange")
+    if rule is None or rule.stock_core:
         return said
     for wanted, what in (
         (getattr(config, "softmax_type", "vanilla") != "vanilla", "a softmax offset"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.base import QKV, Exchange, QKVLayout
+from hp_plugin.exchange.base import QKV, Angles, CoreSettings, Exchange, QKVLayout, Turn
 from hp_plugin.exchange.batch import BatchExchange
 from hp_plugin.exchange.local import LocalExchange
 from hp_plugin.exchange.scores import ScoresExchange
@@ -12,4 +12,4 @@ STRATEGIES: dict[str, type[Exchange]] = {
     strategy.name: strategy for strategy in (BatchExchange, SequenceExchange, ScoresExchange, LocalExchange)
 }
 
-__all__ = ["QKV", "STRATEGIES", "Exchange", "QKVLayout"]
+__all__ = ["QKV", "STRATEGIES", "Angles", "CoreSettings", "Exchange", "QKVLayout", "Turn"]

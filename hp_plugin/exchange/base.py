@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from hp_plugin.exchange_rules import RULES, ExchangeRule
 from hp_plugin.groups import HeadDimGroups
@@ -49,6 +51,44 @@ class QKV(NamedTuple):
     value: Tensor
 
 
+Angles = tuple[Tensor | None, Tensor | None]
+"""Rotary angles `[s, 1 or b, 1, channels]` of queries and keys; None where nothing rotates."""
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """How a layer attends: causality, window (left, right), scale of the scores, and dropout of this call."""
+
+    causal: bool
+    window: tuple[int, int] | None
+    scale: float
+    dropout: float
+
+
+@dataclass
+class Turn:
+    """What one forward pass of one attention layer runs on; the layer and its three parts share this one slot.
+
+    Args:
+        exchange: the strategy that carries this micro-batch.
+        angles: those that the exchange rotates by itself.
+        caching: whether stock's key/value cache is in use.
+    """
+
+    exchange: Exchange
+    angles: Angles = (None, None)
+    caching: bool = False
+
+    def begin(self, exchange: Exchange, angles: Angles, caching: bool) -> None:
+        """The next micro-batch."""
+        self.exchange, self.angles, self.caching = exchange, angles, caching
+
+    def take_angles(self) -> Angles:
+        """The exchange's own angles, which nothing holds any longer."""
+        angles, self.angles = self.angles, (None, None)
+        return angles
+
+
 class Exchange:
     """A strategy for what the n ranks of a dim group send each other around one attention layer.
 
@@ -57,6 +97,8 @@ class Exchange:
     """
 
     name: str
+    separates = False
+    """Whether `to_heads` gives separate queries, keys and values, instead of what stock would split."""
 
     def __init__(self, groups: HeadDimGroups, layout: QKVLayout) -> None:
         self.groups = groups
@@ -68,6 +110,15 @@ class Exchange:
     def rule(self) -> ExchangeRule:
         """The strategy's entry on the torch-free floor."""
         return RULES[self.name]
+
+    @property
+    def stock_group(self) -> ProcessGroup:
+        """The ranks that stock's attention takes for its tensor-parallel group."""
+        return self.groups.head
+
+    def stock_config(self, config: TransformerConfig) -> TransformerConfig:
+        """The model that stock's attention takes itself for."""
+        return config
 
     def to_heads(self, mixed: Tensor) -> Tensor | QKV:
         """From the column-parallel output, `[s, b, slots · d/n]`, to what this rank's attention works on."""
@@ -81,6 +132,22 @@ class Exchange:
         """This rank's share of an attention mask or bias `[b or 1, heads or 1, s or 1, s]`."""
         return mask
 
-    def rotary_share(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary angles `[s, 1 or b, 1, channels]` for (queries, keys) of this rank's share."""
-        return embedding, embedding
+    def split_angles(self, angles: Angles, config: TransformerConfig) -> tuple[Angles, Angles]:
+        """The angles that stock rotates by, and those that `rotated` is given, each of this rank's share."""
+        return angles, (None, None)
+
+    def normed(self, norm: nn.Module, states: Tensor) -> Tensor:
+        """A norm over whole heads of queries or keys."""
+        return norm(states)
+
+    def rotated(self, query: Tensor, key: Tensor, angles: Angles, config: TransformerConfig) -> tuple[Tensor, Tensor]:
+        """Queries and keys, rotated where stock cannot."""
+        return query, key
+
+    def attends(self, query: Tensor, key: Tensor, caching: bool) -> bool:
+        """Whether these are for its own inner attention; by shape, as recompute calls when the turn is another's."""
+        return False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
+        """Its own inner attention, to what `to_slices` takes."""
+        raise NotImplementedError

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hp_plugin.exchange.base import Exchange
+from hp_plugin.exchange.base import Angles, Exchange
 
 
 class BatchExchange(Exchange):
@@ -44,8 +45,11 @@ class BatchExchange(Exchange):
             return mask
         return mask.chunk(self.n, dim=0)[self.j]
 
-    def rotary_share(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    def split_angles(self, angles: Angles, config: TransformerConfig) -> tuple[Angles, Angles]:
         """Angles are shared by all samples, except multimodal ones with a sample axis."""
-        if embedding.shape[1] > 1 and self.n > 1:
-            embedding = embedding.chunk(self.n, dim=1)[self.j]
-        return embedding, embedding
+        query, key = (self._share(angle) for angle in angles)
+        return (query, key), (None, None)
+
+    def _share(self, angle: Tensor | None) -> Tensor | None:
+        per_sample = angle is not None and angle.shape[1] > 1 and self.n > 1
+        return angle.chunk(self.n, dim=1)[self.j] if per_sample else angle

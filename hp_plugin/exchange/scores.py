@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
-from hp_plugin.exchange.base import QKV, Exchange
+from hp_plugin.exchange.base import QKV, Angles, CoreSettings, Exchange
+from hp_plugin.inner_attention.dropout_rng import HEAD_PARALLEL_RNG, ensure_head_parallel_rng
+from hp_plugin.inner_attention.scores import ScoresSettings, scores_attention
+from hp_plugin.inner_attention.slice_norm import slice_norm
+from hp_plugin.inner_attention.slice_rotary import rotate_slices
 
 
 class ScoresExchange(Exchange):
@@ -14,6 +24,7 @@ class ScoresExchange(Exchange):
     """
 
     name = "scores"
+    separates = True
 
     def to_heads(self, mixed: Tensor) -> QKV:
         """[s, b, slots · d/n] -> queries (and gates) [s, b, h/m, d/n], keys and values [s, b, g/m, d/n]."""
@@ -27,3 +38,39 @@ class ScoresExchange(Exchange):
     def to_slices(self, context: Tensor) -> Tensor:
         """The attention output is this rank's slice already."""
         return context
+
+    def split_angles(self, angles: Angles, config: TransformerConfig) -> tuple[Angles, Angles]:
+        """Slices rotate with their partners' help, in `rotated`; stock must not rotate again."""
+        return (None, None), angles
+
+    def normed(self, norm: nn.Module, states: Tensor) -> Tensor:
+        """The statistics of whole heads, summed over the dim axis."""
+        return slice_norm(norm, states, self.groups.dim)
+
+    def rotated(self, query: Tensor, key: Tensor, angles: Angles, config: TransformerConfig) -> tuple[Tensor, Tensor]:
+        """Each channel with its pair partner, which may live on another rank of the dim axis."""
+        return rotate_slices(
+            query,
+            key,
+            angles,
+            group=self.groups.dim,
+            interleaved=config.rotary_interleaved,
+            mscale=_yarn_get_concentration_factor_from_config(config),
+        )
+
+    def attends(self, query: Tensor, key: Tensor, caching: bool) -> bool:
+        """Slices of heads."""
+        return query.shape[-1] == self.layout.width
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
+        """Partial scores, summed over the dim axis; the n ranks drop the same ones."""
+
+        def run(rng_state: Tensor | None) -> Tensor:
+            settings = ScoresSettings(self.groups.dim, how.causal, how.window, how.scale, how.dropout, rng_state)
+            return scores_attention(query, key, value, mask, settings)
+
+        if not how.dropout:
+            return run(None)
+        ensure_head_parallel_rng(self.groups.dim)
+        with get_cuda_rng_tracker().fork(HEAD_PARALLEL_RNG):
+            return run(torch.cuda.get_rng_state(query.device) if query.is_cuda else torch.get_rng_state())

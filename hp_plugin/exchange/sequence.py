@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hp_plugin.exchange.base import QKV, Exchange
+from hp_plugin.exchange.base import QKV, Angles, CoreSettings, Exchange
+from hp_plugin.inner_attention.sequence import sequence_attention
 
 
 class SequenceExchange(Exchange):
@@ -19,6 +24,7 @@ class SequenceExchange(Exchange):
     """
 
     name = "sequence"
+    separates = True
 
     def to_heads(self, mixed: Tensor) -> QKV:
         """[s, b, slots · d/n] -> queries (and gates) [s/n, b, h/m, d], keys and values [s, b, g/m, d]."""
@@ -60,6 +66,26 @@ class SequenceExchange(Exchange):
         """This rank's (early, late) chunk of 2n."""
         return self.j, 2 * self.n - 1 - self.j
 
-    def rotary_share(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    def split_angles(self, angles: Angles, config: TransformerConfig) -> tuple[Angles, Angles]:
         """Queries rotate by their own positions, keys by all."""
-        return self.own_positions(embedding), embedding
+        query, key = angles
+        return (None if query is None else self.own_positions(query), key), (None, None)
+
+    def attends(self, query: Tensor, key: Tensor, caching: bool) -> bool:
+        """Fewer queries than keys, unless stock's cache makes them so."""
+        return query.shape[0] != key.shape[0] and not caching
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
+        """This rank's queries against all keys."""
+        with get_cuda_rng_tracker().fork() if how.dropout else nullcontext():
+            return sequence_attention(
+                query,
+                key,
+                value,
+                chunks=self.own_chunks,
+                mask=mask,
+                causal=how.causal,
+                window=how.window,
+                scale=how.scale,
+                dropout=how.dropout,
+            )
