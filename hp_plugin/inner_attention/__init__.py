@@ -1,1 +1,0 @@
-"""Inner attention of the exchanges that stock Megatron-Core attention cannot serve."""
