@@ -36,7 +36,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     },
-    entry_points={"console_scripts": ["hp-plugin = hp_plugin.cli:main"]},
+    entry_points={"console_scripts": ["hp-plugin = hp_plugin.commands.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -20,10 +20,10 @@ if __name__ == "__main__":
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hp_plugin.megatron_adapter.checkpoint_checks import WrongModelError
+from hp_plugin.checkpoint.checks import WrongModelError
 from hp_plugin.training.agreement import DisagreementError
 from hp_plugin.training.arguments import parse_arguments, user_error
-from hp_plugin.training.checkpointing import Checkpoints
+from hp_plugin.training.checkpoints.saving import Checkpoints
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import batches, build_datasets

@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hp_plugin.attention import HeadDimSelfAttention
+    from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
+    from hp_plugin.attention.registration import initialize_head_dim_parallel
+    from hp_plugin.attention.self_attention import HeadDimSelfAttention
+    from hp_plugin.attention.specs import head_dim_spec
+    from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
     from hp_plugin.config import HeadDimConfig
-    from hp_plugin.grid import Grid
-    from hp_plugin.groups import HeadDimGroups
-    from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
-    from hp_plugin.megatron_adapter.specs import head_dim_spec
-    from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
-    from hp_plugin.transformer_config import HeadDimTransformerConfig
+    from hp_plugin.grid.groups import HeadDimGroups
+    from hp_plugin.grid.ranks import Grid
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Grid",
@@ -29,15 +29,15 @@ __all__ = [
 
 # Loaded on first use: the command line and everything that only counts must run where torch is not installed.
 _HOME = {
-    "Grid": "hp_plugin.grid",
-    "HeadDimColumnParallelLinear": "hp_plugin.layers",
+    "Grid": "hp_plugin.grid.ranks",
+    "HeadDimColumnParallelLinear": "hp_plugin.attention.layers",
     "HeadDimConfig": "hp_plugin.config",
-    "HeadDimGroups": "hp_plugin.groups",
-    "HeadDimRowParallelLinear": "hp_plugin.layers",
-    "HeadDimSelfAttention": "hp_plugin.attention",
-    "HeadDimTransformerConfig": "hp_plugin.transformer_config",
-    "head_dim_spec": "hp_plugin.megatron_adapter.specs",
-    "initialize_head_dim_parallel": "hp_plugin.megatron_adapter.state",
+    "HeadDimGroups": "hp_plugin.grid.groups",
+    "HeadDimRowParallelLinear": "hp_plugin.attention.layers",
+    "HeadDimSelfAttention": "hp_plugin.attention.self_attention",
+    "HeadDimTransformerConfig": "hp_plugin.attention.transformer_config",
+    "head_dim_spec": "hp_plugin.attention.specs",
+    "initialize_head_dim_parallel": "hp_plugin.attention.registration",
 }
 
 

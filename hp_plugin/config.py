@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from math import gcd
 
-from hp_plugin.exchange_rules import EXCHANGES, RULES, AttentionShape, resolve
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import EXCHANGES, RULES, resolve
 
 
 @dataclass(frozen=True)

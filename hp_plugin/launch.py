@@ -1,6 +1,6 @@
 """Runs an unmodified Megatron-LM script with the plugin's flags.
 
-torchrun ... -m hp_plugin.megatron_adapter.launch pretrain_gpt.py <its usual flags> --head-dim-parallel 4,4
+torchrun ... -m hp_plugin.launch pretrain_gpt.py <its usual flags> --head-dim-parallel 4,4
 
 `--moe-backend deepspeed` puts DeepSpeed-MoE in the place of Megatron's mixtures of experts.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-USAGE = "usage: torchrun ... -m hp_plugin.megatron_adapter.launch SCRIPT [flags of SCRIPT] [--head-dim-parallel M,N]"
+USAGE = "usage: torchrun ... -m hp_plugin.launch SCRIPT [flags of SCRIPT] [--head-dim-parallel M,N]"
 
 
 def main(words: Sequence[str]) -> None:
@@ -33,8 +33,8 @@ def main(words: Sequence[str]) -> None:
     sys.argv = list(words)
     _put_first(str(script.resolve().parent))
     # Everything that imports Megatron must come after this, to find the script's own and not an installed one.
-    from hp_plugin.deepspeed_adapter.megatron_lm import take_backend, use_deepspeed_moe
-    from hp_plugin.megatron_adapter.hooks import install
+    from hp_plugin.deepspeed_adapter.moe.megatron_lm import take_backend, use_deepspeed_moe
+    from hp_plugin.megatron_lm.hooks import install
 
     try:
         sys.argv[1:], backend = take_backend(words[1:])
@@ -100,7 +100,7 @@ def _enable_cpu() -> bool:
 
 def _refuse(why: str) -> NoReturn:
     if _is_first_rank():
-        print(f"hp_plugin.megatron_adapter.launch: error: {why}", file=sys.stderr, flush=True)
+        print(f"hp_plugin.launch: error: {why}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

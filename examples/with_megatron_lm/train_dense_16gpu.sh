@@ -15,7 +15,7 @@ esac
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 torchrun --nnodes 2 --nproc-per-node 8 --node-rank "${3:?NODE_RANK}" --master-addr "${4:?MASTER_ADDR}" \
-    --master-port 6000 -m hp_plugin.megatron_adapter.launch "$megatron/pretrain_gpt.py" \
+    --master-port 6000 -m hp_plugin.launch "$megatron/pretrain_gpt.py" \
     "${layout[@]}" \
     --num-layers 4 --hidden-size 8192 --num-attention-heads 16 --kv-channels 512 --ffn-hidden-size 32768 \
     --seq-length 2048 --max-position-embeddings 2048 --position-embedding-type rope \

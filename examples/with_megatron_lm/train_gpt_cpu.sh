@@ -10,7 +10,7 @@ megatron=${1:?usage: $0 MEGATRON_LM_DIR [flags]}
 NPROC=4
 
 export OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1
-torchrun --nproc-per-node "$NPROC" -m hp_plugin.megatron_adapter.launch "$megatron/pretrain_gpt.py" \
+torchrun --nproc-per-node "$NPROC" -m hp_plugin.launch "$megatron/pretrain_gpt.py" \
     --head-dim-parallel 2,2 \
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 256 \
     --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope \

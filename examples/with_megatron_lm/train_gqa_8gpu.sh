@@ -10,7 +10,7 @@ set -euo pipefail
 megatron=${1:?usage: $0 MEGATRON_LM_DIR [flags]}
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-torchrun --standalone --nproc-per-node 8 -m hp_plugin.megatron_adapter.launch "$megatron/pretrain_gpt.py" \
+torchrun --standalone --nproc-per-node 8 -m hp_plugin.launch "$megatron/pretrain_gpt.py" \
     --head-dim-parallel 2,4 \
     --num-layers 36 --hidden-size 2048 --num-attention-heads 16 --group-query-attention --num-query-groups 2 \
     --kv-channels 128 --ffn-hidden-size 11008 --swiglu --normalization RMSNorm --disable-bias-linear --add-qkv-bias \

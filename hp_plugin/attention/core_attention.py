@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from hp_plugin.exchange import CoreSettings, Exchange, Turn
+from hp_plugin.exchange.strategy import CoreSettings, Exchange, Turn
 
 
 class HeadDimCoreAttention:

@@ -15,10 +15,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor
 
-from hp_plugin.checkpoint_slices import grid_pieces
-from hp_plugin.exchange import QKV, Turn
-from hp_plugin.groups import HeadDimGroups
-from hp_plugin.sharding import SlicedAxis
+from hp_plugin.checkpoint.pieces import grid_pieces
+from hp_plugin.exchange.strategy import QKV, Turn
+from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.grid.ownership import SlicedAxis
 
 
 class _GridShard:

@@ -1,4 +1,4 @@
-"""Registers the grid's process groups in Megatron-Core's parallel state; the only global of this package."""
+"""Registers the grid's process groups in Megatron-Core's parallel state; the only state of this package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hp_plugin.checkpoint.optimizer_fence import fence_optimizer_state
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.grid import DEFAULT_ORDER, Grid, tensor_parallel_groups
-from hp_plugin.groups import HeadDimGroups
-from hp_plugin.megatron_adapter.optimizer_fence import fence_optimizer_state
+from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.grid.ranks import DEFAULT_ORDER, Grid, tensor_parallel_groups
 
 _registered: _Registration | None = None
+_listeners: list[Callable[[], None]] = []
 
 
 def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) -> None:
@@ -63,6 +64,13 @@ def initialize_on_grid(stock_initialize: Callable[..., None], head_dim: HeadDimC
     register_groups(_new_groups(grid, tp_groups, timeout))
 
 
+def when_registered(listener: Callable[[], None]) -> None:
+    """Calls `listener` whenever a grid is registered, and now if one is."""
+    _listeners.append(listener)
+    if _registered:
+        listener()
+
+
 def registered_groups() -> HeadDimGroups | None:
     """The grid of this process, or None."""
     return _registered.groups if _registered else None
@@ -78,6 +86,8 @@ def register_groups(groups: HeadDimGroups) -> None:
     if _registered:
         raise RuntimeError("a head × dimension grid is already registered: destroy_model_parallel first")
     _registered = _Registration(groups)
+    for listener in _listeners:
+        listener()
 
 
 def _new_groups(grid: Grid, tp_groups: list[list[int]], timeout: timedelta) -> HeadDimGroups:

@@ -19,15 +19,16 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from hp_plugin.attention.core_attention import HeadDimCoreAttention
+from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
+from hp_plugin.attention.transformer_config import attention_shape, unsupported
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.core_attention import HeadDimCoreAttention
-from hp_plugin.exchange import STRATEGIES, Exchange, QKVLayout, Turn
-from hp_plugin.exchange_rules import AUTO_ORDER, AttentionShape
-from hp_plugin.groups import HeadDimGroups
-from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
-from hp_plugin.plain_deepspeed import guard_plain_deepspeed
-from hp_plugin.sharding import proj_columns, qkv_rows
-from hp_plugin.transformer_config import attention_shape, unsupported
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import AUTO_ORDER
+from hp_plugin.exchange.strategies import STRATEGIES
+from hp_plugin.exchange.strategy import Exchange, QKVLayout, Turn
+from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.grid.ownership import proj_columns, qkv_rows
 
 
 class HeadDimSelfAttention(SelfAttention):
@@ -55,7 +56,6 @@ class HeadDimSelfAttention(SelfAttention):
         pg_collection: Any = None,
         **kwargs: Any,
     ) -> None:
-        guard_plain_deepspeed()  # with this layer in it, a model needs the adapter's mpu and gradient sums
         head_dim: HeadDimConfig = config.head_dim_parallel
         groups = HeadDimGroups.from_collection(pg_collection)
         if (groups.grid.m, groups.grid.n) != (head_dim.m, head_dim.n):

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from hp_plugin.attention import HeadDimSelfAttention
+from hp_plugin.attention.self_attention import HeadDimSelfAttention
 
 
 class SequenceParallelTorchNorm:

@@ -9,7 +9,8 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange_rules import RULES, AttentionShape
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import RULES
 
 
 @dataclass

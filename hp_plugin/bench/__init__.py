@@ -1,1 +1,1 @@
-"""Measured side-by-side of stock and grid layouts."""
+"""Stand-alone measurements: one attention layer, one checkpoint."""

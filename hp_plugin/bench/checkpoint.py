@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from hp_plugin.sharding import slots_per_group
-from hp_plugin.training.checkpoint_state import content_metadata, restore, sharded_state
+from hp_plugin.grid.ownership import slots_per_group
+from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import prepare_device, running_ranks
 from hp_plugin.training.step import Trainer, build_trainer

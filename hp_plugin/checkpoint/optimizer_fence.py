@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from hp_plugin.grid import Grid
+from hp_plugin.grid.ranks import Grid
 
 
 def fence_optimizer_state(grid: Grid) -> Callable[[], None]:

@@ -8,7 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from hp_plugin.sharding import SlicedAxis
+from hp_plugin.grid.ownership import SlicedAxis
 
 
 def grid_pieces(stock: ShardedTensor, weight_axis: int, axis: SlicedAxis, i: int, j: int) -> ShardedTensorFactory:

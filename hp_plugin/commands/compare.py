@@ -6,8 +6,8 @@ import argparse
 import warnings
 from pathlib import Path
 
-from hp_plugin.bench.catalogue import MODELS
-from hp_plugin.bench.suites import MODES, SUITES
+from hp_plugin.compare.entries.catalogue import MODELS
+from hp_plugin.compare.entries.suites import MODES, SUITES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         # Megatron-Core says on import which optional packages are missing; `hp-plugin doctor` says it once.
         warnings.simplefilter("ignore")
-        from hp_plugin.bench.compare import compare
+        from hp_plugin.compare.comparison import compare
 
         return compare(args)

@@ -12,10 +12,13 @@ from hp_plugin import __version__
 
 # name -> (module with `add_arguments(parser)` and `run(args) -> exit status`, what the command does)
 COMMANDS = {
-    "compare": ("hp_plugin.compare_cli", "measure stock and grid layouts of a model side by side on this machine"),
-    "plan": ("hp_plugin.plan_cli", "predict speed, communication time and memory of every layout of a model"),
-    "patch": ("hp_plugin.patch_cli", "make a Megatron-LM tree take --head-dim-parallel by itself, or no longer"),
-    "doctor": ("hp_plugin.doctor", "say what is installed, what training will run on and what is missing for what"),
+    "compare": ("hp_plugin.commands.compare", "measure stock and grid layouts of a model side by side on this machine"),
+    "plan": ("hp_plugin.commands.plan", "predict speed, communication time and memory of every layout of a model"),
+    "patch": ("hp_plugin.commands.patch", "make a Megatron-LM tree take --head-dim-parallel by itself, or no longer"),
+    "doctor": (
+        "hp_plugin.commands.doctor",
+        "say what is installed, what training will run on and what is missing for what",
+    ),
 }
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hp_plugin.megatron_adapter import patch
+from hp_plugin.megatron_lm import patch
 
 NOT_PATCHED = 1
 

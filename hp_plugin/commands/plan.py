@@ -9,22 +9,22 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 
-from hp_plugin.cost import kv_heads, reproduce, sweep, validate
-from hp_plugin.cost.candidates import Search
-from hp_plugin.cost.chrome_trace import write_trace
-from hp_plugin.cost.feasibility import memory_problem
-from hp_plugin.cost.figure import draw_curves, draw_timeline, require_matplotlib
-from hp_plugin.cost.gemm import GemmTable
-from hp_plugin.cost.hardware import Hardware, load_hardware, shipped
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import load_model, presets
-from hp_plugin.cost.nccl_tests import read_nccl_tests
-from hp_plugin.cost.planner import make_plan
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.report import explanation, hardware_report, plan_report, refused_report
-from hp_plugin.cost.workload import MODES, Workload
-from hp_plugin.exchange_rules import RULES
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.planner.counts.feasibility import memory_problem
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import load_model, presets
+from hp_plugin.planner.inputs.workload import MODES, Workload
+from hp_plugin.planner.machine.gemm import GemmTable
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware, shipped
+from hp_plugin.planner.machine.nccl_tests import read_nccl_tests
+from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
+from hp_plugin.planner.reports.chrome_trace import write_trace
+from hp_plugin.planner.reports.figure import draw_curves, draw_timeline, require_matplotlib
+from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report, refused_report
+from hp_plugin.planner.search.candidates import Search
+from hp_plugin.planner.search.plan import make_plan
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +222,7 @@ def _hardware(args: argparse.Namespace) -> Hardware:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m hp_plugin.plan_cli`: errors end as one line on stderr, exit code 2."""
+    """`python -m hp_plugin.commands.plan`: errors end as one line on stderr, exit code 2."""
     parser = argparse.ArgumentParser(prog="hp-plugin plan")
     add_arguments(parser)
     try:

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from hp_plugin.bench.catalogue import MODELS, CatalogueModel, load_model
-from hp_plugin.bench.figure import draw
-from hp_plugin.bench.job import Job
-from hp_plugin.bench.layouts import Entrant, NotPossibleError, enter, smallest_world
-from hp_plugin.bench.readme import check_page, load_reports, put_into
-from hp_plugin.bench.start import RankFailedError, start
-from hp_plugin.bench.suites import MODES, SUITES, Comparison
-from hp_plugin.bench.table import show
+from hp_plugin.compare.entries.catalogue import MODELS, CatalogueModel, load_model
+from hp_plugin.compare.entries.entrant import Entrant, NotPossibleError, enter, smallest_world
+from hp_plugin.compare.entries.suites import MODES, SUITES, Comparison
+from hp_plugin.compare.job import Job
+from hp_plugin.compare.report.figure import draw
+from hp_plugin.compare.report.readme import check_page, load_reports, put_into
+from hp_plugin.compare.report.table import show
+from hp_plugin.compare.start import RankFailedError, start
 
 _WRITTEN = ("report.json", "report.md", "report.png", "machine.json")
 

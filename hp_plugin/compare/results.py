@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hp_plugin import __version__
-from hp_plugin.bench.closed_form import closed_form_bytes
-from hp_plugin.bench.layouts import Entrant
-from hp_plugin.bench.markdown import markdown
-from hp_plugin.bench.predicted import predicted
-from hp_plugin.bench.together import cpu_cores
-from hp_plugin.cost.hardware import Hardware, package_json
+from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.ranks.together import cpu_cores
+from hp_plugin.compare.report.closed_form import closed_form_bytes
+from hp_plugin.compare.report.markdown import markdown
+from hp_plugin.compare.report.predicted import predicted
+from hp_plugin.planner.machine.hardware import Hardware, package_json
 
 if TYPE_CHECKING:
-    from hp_plugin.bench.job import Job
-    from hp_plugin.bench.timing import Sample
+    from hp_plugin.compare.job import Job
+    from hp_plugin.compare.ranks.timing import Sample
 
 SCHEMA = 2
 """Version of report.json, described in docs/compare.md."""
@@ -120,7 +120,7 @@ def _given_options(config: Any) -> dict[str, Any]:
 
 def _reported(model: str) -> dict[str, Any] | None:
     """What the source experiments report for a model of theirs."""
-    rows = package_json("published.json")["source_experiments"]["rows"]
+    rows = package_json("reports/data/published.json")["source_experiments"]["rows"]
     mine = [row for row in rows if model in (f"paper-{row[0]}", f"paper-{row[0]}-full")]
     if not mine:
         return None

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.plain_deepspeed import KEY
+from hp_plugin.deepspeed_adapter.guard import KEY
 
 _EXAMPLE = f'{{"{KEY}": {{"m": 4, "n": 4, "exchange": "auto"}}}}'
 

@@ -11,15 +11,18 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from megatron.core import parallel_state
 from torch import nn
 
+from hp_plugin.attention.registration import initialize_head_dim_parallel, registered_groups, when_registered
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.cpu_start import skip_inference_extension
-from hp_plugin.deepspeed_adapter.engine_moe import attach_mixture, check_mixture
 from hp_plugin.deepspeed_adapter.gradients import sum_replica_gradients
+from hp_plugin.deepspeed_adapter.guard import KEY, adapter_calls, guard_plain_deepspeed
 from hp_plugin.deepspeed_adapter.model_check import check_model, grid_layers
+from hp_plugin.deepspeed_adapter.moe.engine import attach_mixture, check_mixture
 from hp_plugin.deepspeed_adapter.mpu import GridMpu
-from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel, registered_groups
-from hp_plugin.plain_deepspeed import KEY, adapter_calls, guard_plain_deepspeed
+
+# A model on a grid needs this adapter's mpu and gradient sums: plain `deepspeed.initialize` must not take it.
+when_registered(guard_plain_deepspeed)
 
 
 def initialize_grid(config: Any, **stock: Any) -> HeadDimConfig | None:

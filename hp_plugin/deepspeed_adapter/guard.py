@@ -1,7 +1,7 @@
 """Makes `deepspeed.initialize` refuse a configuration that names the grid, unless the adapter calls it.
 
 DeepSpeed passes over top-level keys it does not know: a plain call would train without the grid's groups and without a
-word. The guard is put up by the adapter and by the first grid layer; it waits for DeepSpeed instead of importing it.
+word. The guard is put up by the adapter, as soon as a grid is registered; it waits for DeepSpeed, and imports nothing.
 """
 
 from __future__ import annotations

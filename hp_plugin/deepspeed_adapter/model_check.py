@@ -9,9 +9,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.attention import SelfAttention
 from torch import nn
 
-from hp_plugin.attention import HeadDimSelfAttention
+from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.groups import HeadDimGroups
+from hp_plugin.grid.groups import HeadDimGroups
 
 
 def check_model(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups) -> None:

@@ -1,15 +1,13 @@
-"""Exchange strategies by name; the shapes they carry are decided in `hp_plugin.exchange_rules`."""
+"""The exchanges' torch halves by name; the other halves are in `hp_plugin.exchange.rules`."""
 
 from __future__ import annotations
 
-from hp_plugin.exchange.base import QKV, Angles, CoreSettings, Exchange, QKVLayout, Turn
-from hp_plugin.exchange.batch import BatchExchange
-from hp_plugin.exchange.local import LocalExchange
-from hp_plugin.exchange.scores import ScoresExchange
-from hp_plugin.exchange.sequence import SequenceExchange
+from hp_plugin.exchange.batch.strategy import BatchExchange
+from hp_plugin.exchange.local.strategy import LocalExchange
+from hp_plugin.exchange.scores.strategy import ScoresExchange
+from hp_plugin.exchange.sequence.strategy import SequenceExchange
+from hp_plugin.exchange.strategy import Exchange
 
 STRATEGIES: dict[str, type[Exchange]] = {
-    strategy.name: strategy for strategy in (BatchExchange, SequenceExchange, ScoresExchange, LocalExchange)
+    strategy.rule.name: strategy for strategy in (BatchExchange, SequenceExchange, ScoresExchange, LocalExchange)
 }
-
-__all__ = ["QKV", "STRATEGIES", "Angles", "CoreSettings", "Exchange", "QKVLayout", "Turn"]

@@ -9,19 +9,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hp_plugin.exchange_rules import RULES, ExchangeRule
-from hp_plugin.groups import HeadDimGroups
+from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.grid.groups import HeadDimGroups
 
 
 @dataclass(frozen=True)
 class QKVLayout:
-    """How one rank's QKV channels divide: `groups` = g/m query groups of `queries` = h/g query heads each.
+    """How one rank's QKV channels divide: `kv_groups` = g/m query groups of `queries` = h/g query heads each.
 
     `width` is the slice d/n; with `gate`, every group also has one gate slot per query head, behind its queries
     (Megatron-Core's attention output gate).
     """
 
-    groups: int
+    kv_groups: int
     queries: int
     width: int
     gate: bool = False
@@ -34,12 +34,12 @@ class QKVLayout:
     @property
     def slots(self) -> int:
         """All slots of one rank: queries, gates, k and v of its g/m groups."""
-        return self.groups * (self.query_slots + 2)
+        return self.kv_groups * (self.query_slots + 2)
 
     @property
     def heads(self) -> int:
         """Query heads of one rank, h/m."""
-        return self.groups * self.queries
+        return self.kv_groups * self.queries
 
 
 class QKV(NamedTuple):
@@ -93,10 +93,10 @@ class Exchange:
     """A strategy for what the n ranks of a dim group send each other around one attention layer.
 
     A strategy is parameter-free and shared by the layer's column- and row-parallel linears. `rule` says what it
-    moves, how much, and what it needs of the shape (`hp_plugin.exchange_rules`).
+    needs of the shape, moves and keeps.
     """
 
-    name: str
+    rule: ExchangeRule
     separates = False
     """Whether `to_heads` gives separate queries, keys and values, instead of what stock would split."""
 
@@ -107,9 +107,9 @@ class Exchange:
         self.j = groups.coordinates[1]
 
     @property
-    def rule(self) -> ExchangeRule:
-        """The strategy's entry on the torch-free floor."""
-        return RULES[self.name]
+    def name(self) -> str:
+        """What flags and messages call it."""
+        return self.rule.name
 
     @property
     def stock_group(self) -> ProcessGroup:

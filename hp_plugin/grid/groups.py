@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
-from hp_plugin.grid import Grid
+from hp_plugin.grid.ranks import Grid
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Where the grid meets Megatron-Core's names: registration, layer specs."""
+"""Where the grid meets Megatron-LM: flags, hooks into its scripts, the patch, and the releases it was tried on."""

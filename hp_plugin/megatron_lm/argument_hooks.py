@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.megatron_adapter import flags
-from hp_plugin.megatron_adapter.releases import check_parameters
+from hp_plugin.megatron_lm import flags
+from hp_plugin.megatron_lm.releases import check_parameters
 
 
 class ArgumentHooks:

@@ -13,10 +13,10 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from hp_plugin.checkpoint_rules import check_same_function, check_same_layout, recorded_head_dim
+from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.rules import check_same_function, check_same_layout, recorded_head_dim
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.megatron_adapter.checkpoint_checks import check_files, check_tensors
-from hp_plugin.megatron_adapter.releases import check_parameters
+from hp_plugin.megatron_lm.releases import check_parameters
 
 _STRICT = {StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL}
 

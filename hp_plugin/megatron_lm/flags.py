@@ -7,10 +7,10 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from hp_plugin.checkpoint_rules import OVERRIDE_FLAG, record_head_dim
+from hp_plugin.attention.transformer_config import attention_shape, unsupported
+from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, record_head_dim
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange_rules import EXCHANGES
-from hp_plugin.transformer_config import attention_shape, unsupported
+from hp_plugin.exchange.rules import EXCHANGES
 
 GRID_FLAG, EXCHANGE_FLAG, TP_FLAG = "--head-dim-parallel", "--head-dim-exchange", "--tensor-model-parallel-size"
 AUTO = "auto"

@@ -25,9 +25,9 @@ def install(argv: Sequence[str] | None = None) -> None:
     # Only now: a run without the flags must not depend on what these import.
     from megatron.training import arguments, checkpointing
 
-    from hp_plugin.megatron_adapter.argument_hooks import ArgumentHooks
-    from hp_plugin.megatron_adapter.checkpoint_hooks import CheckpointHooks
-    from hp_plugin.megatron_adapter.model_hooks import ModelHooks
+    from hp_plugin.megatron_lm.argument_hooks import ArgumentHooks
+    from hp_plugin.megatron_lm.checkpoint_hooks import CheckpointHooks
+    from hp_plugin.megatron_lm.model_hooks import ModelHooks
 
     if ArgumentHooks.installed_in(arguments):
         return

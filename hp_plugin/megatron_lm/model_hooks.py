@@ -17,12 +17,12 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hp_plugin.attention import HeadDimSelfAttention
+from hp_plugin.attention.registration import initialize_on_grid
+from hp_plugin.attention.self_attention import HeadDimSelfAttention
+from hp_plugin.attention.specs import head_dim_spec, sequence_parallel_norms
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, post_init_on_grid
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.megatron_adapter.releases import check_parameters
-from hp_plugin.megatron_adapter.specs import head_dim_spec, sequence_parallel_norms
-from hp_plugin.megatron_adapter.state import initialize_on_grid
-from hp_plugin.transformer_config import HeadDimTransformerConfig, post_init_on_grid
+from hp_plugin.megatron_lm.releases import check_parameters
 
 _GROUPS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "order")
 _MODEL = ("self", "config", "transformer_layer_spec", "mtp_block_spec", "vp_stage")

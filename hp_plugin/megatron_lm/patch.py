@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 PATCH = Path(__file__).with_name("megatron_lm.patch")
+EARLIER = ("\nimport hp_plugin.megatron_adapter.hooks; hp_plugin.megatron_adapter.hooks.install()\n",)
+"""What earlier releases of the plugin put in: 0.1."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class Patch:
         return b"".join([*lines[: self.after_line], self.added.encode(), *lines[self.after_line :]])
 
     def taken_out(self, content: bytes) -> bytes | None:
-        """The file without the lines, or None if they are not where this patch puts them."""
-        lines, count = content.splitlines(keepends=True), self.added.count("\n")
-        end = self.after_line + count
-        if b"".join(lines[self.after_line : end]) != self.added.encode():
-            return None
-        return b"".join([*lines[: self.after_line], *lines[end:]])
+        """The file without the lines, ours or an earlier release's, or None if they are not where this puts them."""
+        lines = content.splitlines(keepends=True)
+        for added in (self.added, *EARLIER):
+            end = self.after_line + added.count("\n")
+            if b"".join(lines[self.after_line : end]) == added.encode():
+                return b"".join([*lines[: self.after_line], *lines[end:]])
+        return None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def examine(directory: Path, patch: Patch, reverting: bool = False) -> Tree:
         f"{directory} is none of the trees the patch is made for ({', '.join(patch.releases)}). Closest is {closest}, "
         f"from which differ: {', '.join(differing[closest])}{' (our own lines aside)' if tree.patched else ''}. The "
         f"tree calls itself {_version(directory)}. Check one of these releases out, unchanged; or leave the tree as "
-        "it is and start its scripts with hp_plugin.megatron_adapter.launch, which replaces functions, not text"
+        "it is and start its scripts with hp_plugin.launch, which replaces functions, not text"
     )
 
 
@@ -113,9 +116,10 @@ def _sha(directory: Path, file: str, tree: Tree) -> str | None:
 def apply(directory: Path, patch: Patch) -> str:
     """Patches a tree, in one step or not at all; returns what was done."""
     tree = examine(directory, patch)
-    if tree.patched:
+    patched = patch.put_in(tree.original)
+    if tree.content == patched:
         return f"{tree.path} is patched already ({tree.release})"
-    _replace(tree.path, patch.put_in(tree.content))
+    _replace(tree.path, patched)
     return f"patched {tree.path} ({tree.release}): python pretrain_gpt.py --head-dim-parallel m,n works in this tree"
 
 

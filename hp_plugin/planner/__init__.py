@@ -1,12 +1,12 @@
 """Predictions of throughput, communication and memory; standard library only, every figure with its source."""
 
-from hp_plugin.cost.hardware import Hardware, load_hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape, load_model
-from hp_plugin.cost.planner import Plan, make_plan
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware
+from hp_plugin.planner.search.plan import Plan, make_plan
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 __all__ = [
     "Hardware",

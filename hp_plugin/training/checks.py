@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hp_plugin.training.checkpointing import check_load
+from hp_plugin.training.checkpoints.saving import check_load
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
 from hp_plugin.training.moe import moe_complaints

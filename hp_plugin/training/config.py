@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange_rules import EXCHANGES
+from hp_plugin.exchange.rules import EXCHANGES
 
 BYTE_VOCABULARY = 256
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from hp_plugin import cpu_backend
-from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
+from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.training.agreement import require_agreement
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.moe import expert_sizes

@@ -74,7 +74,7 @@ def check_mixture(config: TrainingConfig, transformer_config: TransformerConfig,
         ValueError: with the values and the way out.
     """
     if config.num_experts is not None and config.moe_backend == "deepspeed":
-        from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions, check_moe
+        from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions, check_moe
 
         check_moe(transformer_config, DeepSpeedMoEOptions(), world_size)
 
@@ -89,7 +89,7 @@ def moe_block_spec(config: TrainingConfig, transformer_config: TransformerConfig
     )
     if config.moe_backend == "megatron":
         return spec
-    from hp_plugin.deepspeed_adapter.moe_specs import deepspeed_moe_spec
+    from hp_plugin.deepspeed_adapter.moe.specs import deepspeed_moe_spec
 
     # A stage can hold dense layers alone.
     return deepspeed_moe_spec(spec, required=False)

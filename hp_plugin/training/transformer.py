@@ -16,11 +16,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin import cpu_backend
-from hp_plugin.megatron_adapter.specs import head_dim_spec, sequence_parallel_norms
+from hp_plugin.attention.specs import head_dim_spec, sequence_parallel_norms
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import find_world_size
 from hp_plugin.training.moe import check_mixture, moe_block_spec, moe_settings
-from hp_plugin.transformer_config import HeadDimTransformerConfig, attention_shape
 
 _SAME_NAME = (
     "num_layers",

@@ -21,7 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
-from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
+from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import Batches
 from hp_plugin.training.distributed import running_ranks

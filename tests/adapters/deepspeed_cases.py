@@ -15,8 +15,8 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 
 from hp_plugin import cpu_backend
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.transformer_config import HeadDimTransformerConfig
 from tests.dist.gpt import SEQUENCE, VOCABULARY, Case, layer_spec
 from tests.dist.gpt_parts import Part, collect, fill
 

@@ -12,10 +12,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from hp_plugin import head_dim_spec
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.deepspeed_adapter.moe_specs import deepspeed_moe_spec
+from hp_plugin.deepspeed_adapter.moe.specs import deepspeed_moe_spec
 from hp_plugin.training.initialization import initialize_parameters, named_global_parameters, owned_indices
-from hp_plugin.transformer_config import HeadDimTransformerConfig
 from tests.adapters.deepspeed_cases import DeepSpeedCase, deepspeed_rank, run_step, settings_of
 from tests.adapters.moe_cases import deepspeed_forgotten
 from tests.dist.gpt import SEQUENCE, VOCABULARY

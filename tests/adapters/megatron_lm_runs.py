@@ -67,7 +67,7 @@ def run(tree: Path, ranks: int, flags: str, launcher: bool = True) -> tuple[int,
     """Exit status and output of pretrain_gpt.py, through the plugin's launcher or as if the machine had GPUs."""
     driver = tree / "on_cpu.py"
     driver.write_text(ON_CPU)
-    start = ["-m", "hp_plugin.megatron_adapter.launch"] if launcher else [str(driver)]
+    start = ["-m", "hp_plugin.launch"] if launcher else [str(driver)]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),

@@ -25,12 +25,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
+from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.deepspeed_adapter.moe import DeepSpeedMoELayer
-from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions
-from hp_plugin.deepspeed_adapter.moe_specs import deepspeed_moe_spec
-from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
-from hp_plugin.transformer_config import HeadDimTransformerConfig
+from hp_plugin.deepspeed_adapter.moe.layer import DeepSpeedMoELayer
+from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions
+from hp_plugin.deepspeed_adapter.moe.specs import deepspeed_moe_spec
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hp_plugin import layers
-from hp_plugin.training.checkpoint_state import content_metadata, restore, sharded_state
+from hp_plugin.attention.self_attention import layers
+from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.step import Trainer
 from tests.adapters.checkpoint_cases import (
     LAYOUTS,
@@ -121,7 +121,7 @@ def without_slices(path: str) -> list[str]:
             load(trainer, folder)
             return same(snapshot(trainer), expected)
     finally:
-        from hp_plugin.checkpoint_slices import grid_pieces
+        from hp_plugin.checkpoint.pieces import grid_pieces
 
         layers.grid_pieces = grid_pieces
 

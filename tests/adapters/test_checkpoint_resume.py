@@ -10,7 +10,7 @@ import pytest
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from hp_plugin.megatron_adapter.checkpoint_checks import WrongModelError
+from hp_plugin.checkpoint.checks import WrongModelError
 from tests.adapters.checkpoint_cases import quick_results_queue
 from tests.dist.training_runs import train
 from tests.ranks import Ranks

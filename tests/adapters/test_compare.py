@@ -18,24 +18,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hp_plugin.bench.catalogue import load_model
-from hp_plugin.bench.collective_curves import measure_curves
-from hp_plugin.bench.gate import LossMismatchError, require_equal_losses
-from hp_plugin.bench.job import Job, pass_gate
-from hp_plugin.bench.layouts import enter
-from hp_plugin.bench.predicted import prediction_rows, winners
-from hp_plugin.bench.report import Results
-from hp_plugin.bench.together import seconds_together
-from hp_plugin.cli import main
+from hp_plugin.commands.main import main
+from hp_plugin.compare.entries.catalogue import load_model
+from hp_plugin.compare.entries.entrant import enter
+from hp_plugin.compare.job import Job
+from hp_plugin.compare.rank import pass_gate
+from hp_plugin.compare.ranks.gate import LossMismatchError, require_equal_losses
+from hp_plugin.compare.ranks.together import seconds_together
+from hp_plugin.compare.rates.collective_curves import measure_curves
+from hp_plugin.compare.report.predicted import prediction_rows, winners
+from hp_plugin.compare.results import Results
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.parameter import PARAMETERS
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.workload import Workload
-from hp_plugin.exchange.batch import BatchExchange
+from hp_plugin.exchange.batch.strategy import BatchExchange
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.machine.parameter import PARAMETERS
+from hp_plugin.planner.seconds.step import predict
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +237,7 @@ def test_work_of_all_ranks_takes_as_long_as_the_slowest_rank_needs(ranks: Ranks)
 
 
 def start(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "hp_plugin.cli", "compare", *options, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "hp_plugin.commands.main", "compare", *options, "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 

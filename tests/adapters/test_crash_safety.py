@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hp_plugin.megatron_adapter.checkpoint_checks import check_files
-from hp_plugin.training.checkpoint_folder import CheckpointFolder
+from hp_plugin.checkpoint.checks import check_files
+from hp_plugin.training.checkpoints.folder import CheckpointFolder
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS, KILLS, RANKS = 8, 2, 2

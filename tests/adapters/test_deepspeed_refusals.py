@@ -234,7 +234,7 @@ def run_guard(code: str) -> list[str]:
 def test_the_guard_is_up_only_after_it_was_put_up() -> None:
     early, late, without = run_guard(
         "import hp_plugin.deepspeed_adapter.engine\n"
-        "from hp_plugin.plain_deepspeed import guard_plain_deepspeed\n"
+        "from hp_plugin.deepspeed_adapter.guard import guard_plain_deepspeed\n"
         "print('>', parse())\n"
         "guard_plain_deepspeed(); guard_plain_deepspeed()\n"
         "print('>', parse())\n"
@@ -247,7 +247,7 @@ def test_the_guard_is_up_only_after_it_was_put_up() -> None:
 
 def test_the_guard_waits_for_deepspeed_to_be_imported() -> None:
     loaded, finders, said = run_guard(
-        "from hp_plugin.plain_deepspeed import guard_plain_deepspeed\n"
+        "from hp_plugin.deepspeed_adapter.guard import guard_plain_deepspeed\n"
         "before = list(sys.meta_path)\n"
         "guard_plain_deepspeed(); guard_plain_deepspeed()\n"
         "print('>', 'deepspeed' in sys.modules)\n"

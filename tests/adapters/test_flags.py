@@ -15,12 +15,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hp_plugin import launch
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.megatron_adapter import flags, hooks, launch
-from hp_plugin.megatron_adapter.argument_hooks import ArgumentHooks
-from hp_plugin.megatron_adapter.checkpoint_hooks import CheckpointHooks
-from hp_plugin.megatron_adapter.model_hooks import ModelHooks, on_grid
-from hp_plugin.megatron_adapter.releases import KNOWN
+from hp_plugin.megatron_lm import flags, hooks
+from hp_plugin.megatron_lm.argument_hooks import ArgumentHooks
+from hp_plugin.megatron_lm.checkpoint_hooks import CheckpointHooks
+from hp_plugin.megatron_lm.model_hooks import ModelHooks, on_grid
+from hp_plugin.megatron_lm.releases import KNOWN
 
 # What the plugin reads of Megatron-LM's arguments, and their defaults there.
 STOCK: dict[str, Any] = dict(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.deepspeed_adapter.megatron_lm import take_backend
+from hp_plugin.deepspeed_adapter.moe.megatron_lm import take_backend
 from tests.adapters.moe_cases import deepspeed_forgotten
 from tests.dist.training_runs import train
 from tests.ranks import Ranks

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions, check_moe
+from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions, check_moe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:When using expert parallelism and tensor parallelism:UserWarning:megatron"),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin import cli
-from hp_plugin.megatron_adapter import patch as patching
-from hp_plugin.megatron_adapter.patch import PATCH, Patch
+from hp_plugin.commands import main as cli
+from hp_plugin.megatron_lm import patch as patching
+from hp_plugin.megatron_lm.patch import PATCH, Patch
 
 ROOT = Path(__file__).parents[2]
 ORIGINAL = "".join(f"line{number} = {number}\n" for number in range(1, 19))
-INSTALLS = "import hp_plugin.megatron_adapter.hooks; hp_plugin.megatron_adapter.hooks.install()\n"
+INSTALLS = "import hp_plugin.megatron_lm.hooks; hp_plugin.megatron_lm.hooks.install()\n"
 HOOKED = "megatron/core/parallel_state.py"
 
 
@@ -81,6 +81,20 @@ def test_twice_is_once(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "patched already" in capsys.readouterr().out
     assert run(tree, "--revert") == run(tree, "--revert") == 0
     assert file(tree).read_text() == ORIGINAL
+
+
+def test_lines_of_an_earlier_release_are_exchanged_and_taken_out(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (earlier,) = patching.EARLIER
+    file(tree).write_text(ORIGINAL + earlier)
+    assert run(tree, "--check") == 0
+    assert run(tree) == 0
+    assert file(tree).read_text() == f"{ORIGINAL}\n{INSTALLS}"
+    file(tree).write_text(ORIGINAL + earlier)
+    assert run(tree, "--revert") == 0
+    assert file(tree).read_text() == ORIGINAL
+    assert "patched already" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["one more line\n", "\n" + INSTALLS + "# and more\n"])

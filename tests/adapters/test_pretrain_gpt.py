@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin import cli
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.launch_flags import megatron_flags
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.workload import Workload
-from hp_plugin.megatron_adapter.releases import KNOWN
+from hp_plugin.commands import main as cli
+from hp_plugin.megatron_lm.releases import KNOWN
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.search.launch_flags import megatron_flags
+from hp_plugin.planner.seconds.step import predict
 from tests.adapters.megatron_lm_runs import LINE, losses, needs_clone, release_tree, run
 
 pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(1800)]

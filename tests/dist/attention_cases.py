@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.megatron_adapter.specs import head_dim_spec
-from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
-from hp_plugin.transformer_config import HeadDimTransformerConfig
+from hp_plugin.attention.specs import head_dim_spec
+from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 
 
 @dataclass(frozen=True)

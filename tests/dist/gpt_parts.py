@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 
-from hp_plugin.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
+from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
 
 Part = tuple[torch.Tensor, int | None, list[int] | None]
 """A rank's tensor, the axis it is split on, and the global indices in the order in which TP ranks hold them."""

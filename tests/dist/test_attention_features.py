@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange_rules import RULES
-from hp_plugin.groups import HeadDimGroups
-from hp_plugin.inner_attention.scores import ScoresSettings, scores_attention
-from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel
-from hp_plugin.transformer_config import attention_shape
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.exchange.scores.attention import ScoresSettings, scores_attention
+from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.attention.transformer_config import attention_shape
 from tests.dist import attention_cases
 from tests.dist.attention_cases import Case
 from tests.ranks import Ranks

@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch.distributed as dist
 
-from hp_plugin.bench.catalogue import CatalogueModel
-from hp_plugin.bench.layouts import enter
-from hp_plugin.bench.running import built
-from hp_plugin.bench.timing import run_step
+from hp_plugin.compare.entries.catalogue import CatalogueModel
+from hp_plugin.compare.entries.entrant import enter
+from hp_plugin.compare.ranks.running import built
+from hp_plugin.compare.ranks.timing import run_step
 from tests.ranks import Ranks
 
 EXPERTS = CatalogueModel(

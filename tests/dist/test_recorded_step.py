@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
-from hp_plugin.bench.catalogue import CatalogueModel
-from hp_plugin.bench.closed_form import group_sizes, share_of
-from hp_plugin.bench.layouts import enter
-from hp_plugin.bench.running import built
-from hp_plugin.bench.timing import run_step
-from hp_plugin.bench.traffic import counted
-from hp_plugin.cost.step_program import step_collectives
+from hp_plugin.compare.entries.catalogue import CatalogueModel
+from hp_plugin.compare.entries.planned import group_sizes, share_of
+from hp_plugin.compare.entries.entrant import enter
+from hp_plugin.compare.ranks.running import built
+from hp_plugin.compare.ranks.timing import run_step
+from hp_plugin.compare.ranks.traffic import counted
+from hp_plugin.planner.counts.step import step_collectives
 from tests.ranks import Ranks
 
 pytestmark = [

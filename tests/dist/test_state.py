@@ -10,9 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.grid import Grid
-from hp_plugin.groups import HeadDimGroups
-from hp_plugin.megatron_adapter.state import initialize_head_dim_parallel, registered_groups
+from hp_plugin.grid.ranks import Grid
+from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.attention.registration import initialize_head_dim_parallel, registered_groups
 from tests.ranks import Ranks
 
 GETTERS = [f"get_{axis}_parallel_{what}" for axis in ("head", "dim") for what in ("group", "rank", "world_size")]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.checkpoint_rules import (
+from hp_plugin.checkpoint.rules import (
     OVERRIDE_FLAG,
     check_same_function,
     check_same_layout,
@@ -62,7 +62,7 @@ def test_a_ranks_own_bytes_stay_on_their_layout() -> None:
 
 
 def test_the_tracker_follows_complete_folders_only(tmp_path: Path) -> None:
-    from hp_plugin.training.checkpoint_folder import TRACKER, CheckpointFolder
+    from hp_plugin.training.checkpoints.folder import TRACKER, CheckpointFolder
 
     folders = CheckpointFolder(tmp_path / "new")
     assert folders.latest() is None
@@ -86,7 +86,7 @@ def test_the_tracker_follows_complete_folders_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["", "five", "-1", "7"])
 def test_a_tracker_that_leads_nowhere_is_refused(tmp_path: Path, word: str) -> None:
-    from hp_plugin.training.checkpoint_folder import TRACKER, CheckpointFolder
+    from hp_plugin.training.checkpoints.folder import TRACKER, CheckpointFolder
 
     (tmp_path / TRACKER).write_text(word)
     with pytest.raises(ValueError, match=TRACKER):

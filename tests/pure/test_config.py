@@ -3,7 +3,7 @@
 import pytest
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange_rules import AttentionShape
+from hp_plugin.exchange.rule import AttentionShape
 
 
 def shape(**changes: object) -> AttentionShape:

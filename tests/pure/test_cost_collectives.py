@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from hp_plugin.cost.collectives import KINDS, Collectives, wire_factor
-from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.placement import Placement, placements
+from hp_plugin.planner.machine.collectives import KINDS, Collectives, wire_factor
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.machine.placement import Placement, placements
 
 H100 = load_hardware("h100-ib")
 ONE_NODE = load_hardware("h100-nvlink")

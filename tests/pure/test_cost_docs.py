@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin import plan_cli
-from hp_plugin.cost import reproduce, validate
-from hp_plugin.cost.hardware import shipped
-from hp_plugin.cost.model_shape import presets
+from hp_plugin.commands import plan as plan_cli
+from hp_plugin.planner.inputs.model_shape import presets
+from hp_plugin.planner.machine.hardware import shipped
+from hp_plugin.planner.reports import reproduce, validate
 
 DOCS = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
 BLOCKS = [block.splitlines() for block in re.findall(r"```text\n(.*?)\n```", DOCS, flags=re.DOTALL)]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.hardware import load_hardware, package_json, shipped
-from hp_plugin.cost.model_shape import load_model
-from hp_plugin.cost.nccl_tests import read_nccl_tests
-from hp_plugin.cost.parameter import KINDS, PARAMETERS
-from hp_plugin.cost.placement import Placement
+from hp_plugin.planner.inputs.model_shape import load_model
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.hardware import load_hardware, package_json, shipped
+from hp_plugin.planner.machine.nccl_tests import read_nccl_tests
+from hp_plugin.planner.machine.parameter import KINDS, PARAMETERS
+from hp_plugin.planner.machine.placement import Placement
 
 
 @pytest.mark.parametrize("name", list(shipped()))
@@ -42,12 +42,12 @@ def test_machines_differ_where_they_should() -> None:
 
 
 def test_package_tables_name_their_sources() -> None:
-    for entry in package_json("collectives_h100.json")["curves"]:
+    for entry in package_json("machine/data/collectives_h100.json")["curves"]:
         assert entry["kind"] in KINDS and len(entry["source"]) > 10
-    for name, entry in package_json("attention_h100.json")["kernels"].items():
+    for name, entry in package_json("machine/data/attention_h100.json")["kernels"].items():
         assert entry["kind"] in KINDS and "@" in entry["source"], name
-    assert "@" in package_json("gemm_h100.json")["source"]
-    for table in package_json("published.json").values():
+    assert "@" in package_json("machine/data/gemm_h100.json")["source"]
+    for table in package_json("reports/data/published.json").values():
         assert len(table["source"]) > 10
 
 

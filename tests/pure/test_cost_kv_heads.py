@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hp_plugin.cost.candidates import Search
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.kv_heads import CASES, MACHINE, WORKLOADS, row
-from hp_plugin.cost.model_shape import load_model
-from hp_plugin.cost.planner import make_plan
+from hp_plugin.planner.inputs.model_shape import load_model
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.reports.kv_heads import CASES, MACHINE, WORKLOADS, row
+from hp_plugin.planner.search.candidates import Search
+from hp_plugin.planner.search.plan import make_plan
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.cost.feasibility import memory_problem, shape_problems
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import Memory
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.feasibility import memory_problem, shape_problems
+from hp_plugin.planner.counts.memory import Memory
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.seconds.step import predict
 
 MODEL = ModelShape("m", 8, 64, 8, 4, 8, 256, 128)
 TRAIN = Workload("train", 64, 32)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import Memory, memory
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.memory import Memory, memory
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
 
 MODEL = ModelShape("m", 8, 1024, 16, 16, 64, 4096)
 

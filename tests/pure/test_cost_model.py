@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape, load_model, presets
-from hp_plugin.cost.stages import build_stages, split_layers, stage_parameters
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.stages import build_stages, split_layers, stage_parameters
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model, presets
+from hp_plugin.planner.inputs.workload import Workload
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from hp_plugin.cost.candidates import Search, candidates
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.launch_flags import deepspeed_config, megatron_flags
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape, load_model
-from hp_plugin.cost.planner import fitting, make_plan
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.report import explanation, hardware_report, plan_report
-from hp_plugin.cost.sweep import sweep
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.reports.sweep import sweep
+from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report
+from hp_plugin.planner.search.candidates import Search, candidates
+from hp_plugin.planner.search.launch_flags import deepspeed_config, megatron_flags
+from hp_plugin.planner.search.plan import fitting, make_plan
+from hp_plugin.planner.seconds.step import predict
 
 H100 = load_hardware("h100-ib")
 MODEL = ModelShape("m", 4, 1024, 8, 2, 128, 4096, 1024)

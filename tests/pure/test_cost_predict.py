@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.cost.chrome_trace import trace_events, write_trace
-from hp_plugin.cost.decode import decode_period
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape, load_model
-from hp_plugin.cost.placement import Placement
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.pricing import Pricer
-from hp_plugin.cost.program import Block, Collective, Gemm
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.program import Block, Collective, Gemm
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.machine.placement import Placement
+from hp_plugin.planner.reports.chrome_trace import trace_events, write_trace
+from hp_plugin.planner.seconds.decode import decode_period
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.pricing import Pricer
+from hp_plugin.planner.seconds.step import predict
 
 H100 = load_hardware("h100-ib")
 MODEL = ModelShape("m", 16, 2048, 16, 8, 128, 8192, 32000, gated=True)

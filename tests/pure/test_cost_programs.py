@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from hp_plugin.cost.ends_program import embedding, head
-from hp_plugin.cost.exchange_program import exchanged
-from hp_plugin.cost.gradients import bucket_parameters, chunk_sync, end_of_step, optimizer_bytes
-from hp_plugin.cost.layer_program import attention_backward, attention_forward, layer, mlp_forward
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.program import Collective, collectives, operations, received
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters, build_stages
-from hp_plugin.cost.workload import Workload
-from hp_plugin.exchange_rules import RULES
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.planner.counts.ends import embedding, head
+from hp_plugin.planner.counts.exchange import exchanged
+from hp_plugin.planner.counts.gradients import bucket_parameters, chunk_sync, end_of_step, optimizer_bytes
+from hp_plugin.planner.counts.layer import attention_backward, attention_forward, layer, mlp_forward
+from hp_plugin.planner.counts.program import Collective, collectives, operations, received
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import RankParameters, build_stages
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
 
 ODD = ModelShape("odd", 3, 40, 12, 6, 20, 72, 104, gated=True)
 """D 40, 12 heads of 20, 6 groups, MLP 72: nothing square."""

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from hp_plugin.cost.schedule import peak_in_flight, pipeline_order
-from hp_plugin.cost.timeline import PassTimes, Pipeline, simulate
+from hp_plugin.planner.counts.schedule import peak_in_flight, pipeline_order
+from hp_plugin.planner.seconds.timeline import PassTimes, Pipeline, simulate
 
 
 def drawn(rank: int, pp: int, vpp: int, micro_batches: int, training: bool = True) -> str:

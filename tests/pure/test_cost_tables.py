@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin.cost.core_attention_program import core_backward, core_forward
-from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.gemm import GemmTable
-from hp_plugin.cost.hardware import load_hardware, package_json
-from hp_plugin.cost.pricing import Pricer
-from hp_plugin.cost.program import FusedAttention, Gemm, Stream
+from hp_plugin.planner.counts.core_attention import core_backward, core_forward
+from hp_plugin.planner.counts.program import FusedAttention, Gemm, Stream
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.gemm import GemmTable
+from hp_plugin.planner.machine.hardware import load_hardware, package_json
+from hp_plugin.planner.seconds.pricing import Pricer
 
 H100 = load_hardware("h100-ib")
 
@@ -46,7 +46,7 @@ def test_malformed_curves_are_refused(points: list[tuple[float, float]], said: s
 
 
 def test_gemm_rates_are_the_measured_ones_at_measured_shapes() -> None:
-    for batch, m, n, k, tflops in package_json("gemm_h100.json")["rows"]:
+    for batch, m, n, k, tflops in package_json("machine/data/gemm_h100.json")["rows"]:
         assert H100.gemm.rate(batch, m, n, k) == pytest.approx(tflops * 1e12, rel=1e-9)
 
 
@@ -117,7 +117,7 @@ def test_unfused_attention_is_near_its_published_rates() -> None:
     """Standard attention's bars were not used for the products, only to find one efficiency of the softmax passes."""
     alone = H100.with_parameter("gemm_efficiency", 1.0, "user", "products alone, as in the benchmark")
     pricer = Pricer(alone, {}, itemsize=2)
-    published = package_json("attention_h100.json")["unfused_check"]
+    published = package_json("machine/data/attention_h100.json")["unfused_check"]
     ratios = []
     for seq in (2048, 4096, 8192):
         samples = 16384 // seq

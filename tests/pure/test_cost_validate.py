@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hp_plugin.cost import reproduce, validate
-from hp_plugin.cost.hardware import load_hardware, package_json
-from hp_plugin.cost.published import FOUNDRY, MEGATRON, decode_rows, foundry_rows, megatron_rows
+from hp_plugin.planner.machine.hardware import load_hardware, package_json
+from hp_plugin.planner.reports import reproduce, validate
+from hp_plugin.planner.reports.published import FOUNDRY, MEGATRON, decode_rows, foundry_rows, megatron_rows
 
 COMPARED = validate.validate()
 HELD_OUT = [one for one in COMPARED if one.role == "held out"]
@@ -20,7 +20,7 @@ def test_the_one_fitted_number_is_what_the_calibration_rows_give() -> None:
 
 
 def test_all_published_rows_are_compared() -> None:
-    tables = package_json("published.json")
+    tables = package_json("reports/data/published.json")
     rows = sum(len(tables[name]["rows"]) for name in ("megatron_weak_scaling", "llm_foundry", "gpt_fast"))
     assert len(COMPARED) == rows == 75
     held = {one.row.name for one in HELD_OUT}
@@ -72,7 +72,7 @@ def test_the_report_prints_every_requested_row_and_all_means() -> None:
 
 def test_the_source_experiments_enter_no_parameter() -> None:
     """Their figures stand in one data file under one key, which only the comparison reads."""
-    reported = package_json("published.json")["source_experiments"]["rows"]
+    reported = package_json("reports/data/published.json")["source_experiments"]["rows"]
     assert [(row[2], row[3]) for row in reported] == [
         (1_200_000, 0.35), (1_580_000, 0.22), (850_000, 0.45), (1_150_000, 0.30),
     ]  # fmt: skip

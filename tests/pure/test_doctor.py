@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin import cli, doctor
-from hp_plugin.doctor import Facts, judge, render
+from hp_plugin.commands import doctor
+from hp_plugin.commands import main as cli
+from hp_plugin.commands.doctor import Facts, judge, render
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = dict.fromkeys(doctor.PURPOSES) | {"python": "3.11.7", "torch": "2.13.0+cpu", "megatron-core": "0.16.1"}
@@ -118,7 +119,8 @@ def test_the_text_shows_every_part_and_every_purpose() -> None:
 
 def command(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """`hp-plugin WORDS` in an interpreter that has run `before`."""
-    code = f"import sys\n{textwrap.dedent(before)}\nfrom hp_plugin.cli import main\nsys.exit(main({list(words)!r}))"
+    call = f"from hp_plugin.commands.main import main\nsys.exit(main({list(words)!r}))"
+    code = f"import sys\n{textwrap.dedent(before)}\n{call}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
 
@@ -167,7 +169,7 @@ def test_help_names_every_command_and_loads_none(capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert all(name in text for name in cli.COMMANDS)
     loaded = command("--version", before="import atexit; atexit.register(lambda: print(*sys.modules))").stdout
-    assert "hp_plugin.cli" in loaded
+    assert "hp_plugin.commands.main" in loaded
     assert not any(module in loaded for module, _ in cli.COMMANDS.values())
 
 
@@ -182,7 +184,8 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 def test_ctrl_c_ends_quietly_with_130() -> None:
     code = """
         import sys, time
-        from hp_plugin import cli, doctor
+        from hp_plugin.commands import main as cli
+        from hp_plugin.commands import doctor
         doctor.run = lambda args: print("ready", flush=True) or time.sleep(60)
         sys.exit(cli.main(["doctor"]))
     """
@@ -205,8 +208,9 @@ def test_ctrl_c_ends_quietly_with_130() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    code = "import sys; from hp_plugin import cli, doctor; doctor.run = lambda args: print('line\\n' * 100_000) or 0; "
-    code += "sys.exit(cli.main(['doctor']))"
+    code = "import sys; from hp_plugin.commands import main, doctor; "
+    code += "doctor.run = lambda args: print('line\\n' * 100_000) or 0; "
+    code += "sys.exit(main.main(['doctor']))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

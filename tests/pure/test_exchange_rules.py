@@ -4,7 +4,10 @@ from fractions import Fraction
 
 import pytest
 
-from hp_plugin.exchange_rules import RULES, AttentionShape, LocalRule, ScoresRule
+from hp_plugin.exchange.local.rule import LocalRule
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.scores.rule import ScoresRule
 
 SHAPES = [
     AttentionShape(s=24, b=6, h=12, g=3, d=30, m=3, n=2),

@@ -4,7 +4,7 @@ from itertools import chain, product
 
 import pytest
 
-from hp_plugin.grid import Grid, tensor_parallel_groups
+from hp_plugin.grid.ranks import Grid, tensor_parallel_groups
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (2, 2), (4, 1), (1, 4), (5, 3)])

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import hp_plugin
-from hp_plugin import doctor
+from hp_plugin.commands import doctor
 
 ROOT = Path(__file__).parents[2]
 PINS_FILE = ROOT / "tests" / "requirements.txt"

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hp_plugin import plan_cli
-
 SMALL = ["--model", "layers=4,D=512,h=8,g=2,vocab=1000", "--gpus", "4", "--global-batch", "8", "--seq", "256"]
 
 
 def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert plan_cli.main([*SMALL, *arguments]) == 0
+    assert plan.main([*SMALL, *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -23,9 +21,9 @@ def test_it_runs_where_torch_is_not_installed() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'megatron', 'deepspeed', 'numpy', 'matplotlib'): sys.modules[name] = None\n"
-        "import hp_plugin.cost\n"
-        "from hp_plugin import plan_cli\n"
-        "sys.exit(plan_cli.main(['--validate']))"
+        "import hp_plugin.planner\n"
+        "from hp_plugin.commands import plan\n"
+        "sys.exit(plan.main(['--validate']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -37,8 +35,8 @@ def test_without_matplotlib_nothing_is_written_and_it_is_said_what_to_install(tm
     code = (
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"
-        "from hp_plugin import plan_cli\n"
-        f"sys.exit(plan_cli.main({[*SMALL, '--explain', 'tp=4,mbs=2', '--trace', str(trace), '--png', 'never.png']!r}))"
+        "from hp_plugin.commands import plan\n"
+        f"sys.exit(plan.main({[*SMALL, '--explain', 'tp=4,mbs=2', '--trace', str(trace), '--png', 'never.png']!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and not trace.exists()
@@ -165,7 +163,7 @@ def test_own_measurements_change_the_prediction(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
-    assert plan_cli.main([*SMALL, *arguments]) == 2
+    assert plan.main([*SMALL, *arguments]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
@@ -173,7 +171,7 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list
 
 @pytest.mark.slow
 def test_reproduce_paper_prints_both_models_and_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_cli.main(["--reproduce", "paper"]) == 0
+    assert plan.main(["--reproduce", "paper"]) == 0
     text = capsys.readouterr().out
     for wanted in ("ratio 1.317", "ratio 1.353", "h100-nvlink", "really best", "decode: context", "the grid wins in"):
         assert wanted in text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hp_plugin.sharding import SlicedAxis, proj_columns, qkv_rows, slots_per_group
+from hp_plugin.grid.ownership import SlicedAxis, proj_columns, qkv_rows, slots_per_group
 
 SHAPES = [  # h, g, d, m, n
     (12, 3, 80, 3, 5),

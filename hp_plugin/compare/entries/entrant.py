@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hp_plugin.bench.catalogue import CatalogueModel
-from hp_plugin.cost.layout import Layout
+from hp_plugin.compare.entries.catalogue import CatalogueModel
+from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import prepare_device

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from hp_plugin.bench.layouts import Entrant
-from hp_plugin.bench.running import batches, built, everywhere
+from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.ranks.running import batches, built, everywhere
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.step import Trainer, forward_step, train_step
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from hp_plugin.bench.peak_memory import return_free_memory
+from hp_plugin.compare.ranks.peak_memory import return_free_memory
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import running_ranks
 from hp_plugin.training.step import Trainer, build_trainer
@@ -27,7 +27,7 @@ def built(config: TrainingConfig) -> Iterator[Trainer]:
         _drop_graphs(trainer)
         del trainer
     if config.num_experts is not None and config.moe_backend == "deepspeed":
-        from hp_plugin.deepspeed_adapter.moe_groups import forget_expert_groups
+        from hp_plugin.deepspeed_adapter.moe.groups import forget_expert_groups
 
         forget_expert_groups()
     _end_groups()

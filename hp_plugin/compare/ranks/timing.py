@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hp_plugin.bench.layouts import Entrant
-from hp_plugin.bench.peak_memory import peak_bytes, reset_peak
-from hp_plugin.bench.running import batches, built
-from hp_plugin.bench.traffic import Traffic, counted
+from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.ranks.peak_memory import peak_bytes, reset_peak
+from hp_plugin.compare.ranks.running import batches, built
+from hp_plugin.compare.ranks.traffic import Traffic, counted
 from hp_plugin.training.step import Trainer, forward_step, train_step
 
 Sample = dict[str, Any]

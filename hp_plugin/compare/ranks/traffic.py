@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hp_plugin.cost.collectives import wire_factor
+from hp_plugin.planner.machine.collectives import wire_factor
 
 # ProcessGroup method -> (kind, which positional argument holds what `wire_factor` counts); torch 2.13 renamed some.
 _METHODS = {
@@ -45,7 +45,7 @@ _METHODS = {
 
 _MESSAGES = ("send_recv", "receive")
 
-# Descriptions of groups in `megatron.core.parallel_state` and `hp_plugin.groups`.
+# Descriptions of groups in `megatron.core.parallel_state` and `hp_plugin.grid.groups`.
 _AXES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "HEAD_PARALLEL_GROUP": "head",

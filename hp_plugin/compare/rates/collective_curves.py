@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from hp_plugin.bench.together import seconds_together
+from hp_plugin.compare.ranks.together import seconds_together
 
 _PRODUCT = (512, 512, 256)
 """m, k and n of a product of some milliseconds, like those between two collectives of a layer."""

@@ -14,15 +14,15 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch.nn import functional
 
-from hp_plugin.bench.closed_form import model_shape
-from hp_plugin.bench.running import built
-from hp_plugin.bench.timing import run_step
-from hp_plugin.bench.together import seconds_together
-from hp_plugin.cost.layer_program import layer
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.program import kernels
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.workload import Workload
+from hp_plugin.compare.entries.planned import model_shape
+from hp_plugin.compare.ranks.running import built
+from hp_plugin.compare.ranks.timing import run_step
+from hp_plugin.compare.ranks.together import seconds_together
+from hp_plugin.planner.counts.layer import layer
+from hp_plugin.planner.counts.program import kernels
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.training.config import TrainingConfig
 
 _SIDES = (16, 64, 256, 1024)

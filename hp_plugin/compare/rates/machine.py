@@ -11,16 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hp_plugin.bench.collective_curves import measure_curves
-from hp_plugin.bench.kernel_rates import (
+from hp_plugin.compare.ranks.peak_memory import peak_bytes
+from hp_plugin.compare.ranks.together import cpu_cores
+from hp_plugin.compare.rates.collective_curves import measure_curves
+from hp_plugin.compare.rates.kernel_rates import (
     attention_rates,
     gemm_rows,
     launch_seconds,
     memory_bandwidth,
     softmax_bandwidth,
 )
-from hp_plugin.bench.peak_memory import peak_bytes
-from hp_plugin.bench.together import cpu_cores
 
 _ALONE = "none: one domain holds all ranks, and layouts of more come out as never ending"
 

@@ -2,68 +2,11 @@
 
 from __future__ import annotations
 
-from hp_plugin.bench.layouts import Entrant
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.step_program import sent_bytes
-from hp_plugin.cost.workload import Workload
-from hp_plugin.training.config import TrainingConfig
-from hp_plugin.training.transformer import build_transformer_config
-
-
-def model_shape(config: TrainingConfig) -> ModelShape:
-    """The trainer's model in the planner's letters."""
-    transformer = build_transformer_config(config)
-    width = config.kv_channels or config.hidden_size // config.num_attention_heads
-    positions = config.position_embedding_type
-    return ModelShape(
-        "compared",
-        layers=config.num_layers,
-        D=config.hidden_size,
-        h=config.num_attention_heads,
-        g=config.query_groups,
-        d=width,
-        ffn=transformer.moe_ffn_hidden_size if config.num_experts else transformer.ffn_hidden_size,
-        vocab=config.padded_vocab_size,
-        gated=config.swiglu,
-        tied=not config.untie_embeddings_and_output_weights,
-        biases=not config.disable_bias_linear,
-        norm_biases=config.normalization == "LayerNorm",
-        learned_positions=config.seq_length if positions == "learned_absolute" else 0,
-        rotary=positions == "rope",
-        experts=config.num_experts or 0,
-        top_k=config.moe_router_topk,
-        moe_every=config.moe_layer_freq,
-        qkv_bias=config.add_qkv_bias,
-        qk_norm=config.qk_layernorm,
-    )
-
-
-def share_of(entrant: Entrant, mode: str) -> Share:
-    """One rank's share of the step that is timed."""
-    config = entrant.config
-    assert config.global_batch_size is not None
-    itemsize = 2 if config.fp16 or config.bf16 else 4
-    workload = Workload(mode, config.seq_length, config.global_batch_size, itemsize, 2 if config.fp16 else 4)
-    return Share(model_shape(config), entrant.layout, workload)
+from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.entries.planned import group_sizes, share_of
+from hp_plugin.planner.counts.step import sent_bytes
 
 
 def closed_form_bytes(entrant: Entrant, mode: str) -> dict[tuple[str, str], float]:
     """Bytes that a rank sends in one step by (axis, kind), averaged over pipeline stages."""
     return sent_bytes(share_of(entrant, mode), group_sizes(entrant))
-
-
-def group_sizes(entrant: Entrant) -> dict[str, int]:
-    """Ranks of a group, by axis."""
-    layout = entrant.layout
-    return {
-        "tp": layout.tp,
-        "dim": layout.n,
-        "pp": 2,
-        "ends": 2,
-        "cp": layout.cp,
-        "ep": layout.ep,
-        "dp": layout.replicas,
-        "edp": layout.expert_replicas,
-        "world": layout.world,
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.bench.layouts import FUNCTION_MARK
+from hp_plugin.compare.entries.entrant import FUNCTION_MARK
 
 _BASELINE, _OTHER, _LITERAL = "tab:gray", "tab:blue", "tab:orange"
 

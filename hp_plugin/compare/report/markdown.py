@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hp_plugin.bench.layouts import FUNCTION_MARK
-from hp_plugin.bench.predicted import HEAD as PREDICTED_HEAD
-from hp_plugin.bench.predicted import has_predictions, prediction_rows, winners
+from hp_plugin.compare.entries.entrant import FUNCTION_MARK
+from hp_plugin.compare.report.predicted import HEAD as PREDICTED_HEAD
+from hp_plugin.compare.report.predicted import has_predictions, prediction_rows, winners
 
 HEAD = (
     "layout",

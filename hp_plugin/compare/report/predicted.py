@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hp_plugin.bench.closed_form import share_of
-from hp_plugin.bench.layouts import FUNCTION_MARK, Entrant
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.predict import predict
+from hp_plugin.compare.entries.entrant import FUNCTION_MARK, Entrant
+from hp_plugin.compare.entries.planned import share_of
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.seconds.step import predict
 
 HEAD = ("layout", "tokens/s", "predicted", "error", "ratio", "predicted", "error", "TPOT ms", "predicted")
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.bench.catalogue import MODELS
-from hp_plugin.bench.layouts import FUNCTION_MARK
-from hp_plugin.bench.markdown import HEAD, described, rows
+from hp_plugin.compare.entries.catalogue import MODELS
+from hp_plugin.compare.entries.entrant import FUNCTION_MARK
+from hp_plugin.compare.report.markdown import HEAD, described, rows
 
 BEGIN, END = "<!-- compare: begin -->", "<!-- compare: end -->"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hp_plugin.bench.layouts import FUNCTION_MARK
-from hp_plugin.bench.markdown import HEAD, described, rows
-from hp_plugin.bench.predicted import HEAD as PREDICTED_HEAD
-from hp_plugin.bench.predicted import has_predictions, prediction_rows, winners
+from hp_plugin.compare.entries.entrant import FUNCTION_MARK
+from hp_plugin.compare.report.markdown import HEAD, described, rows
+from hp_plugin.compare.report.predicted import HEAD as PREDICTED_HEAD
+from hp_plugin.compare.report.predicted import has_predictions, prediction_rows, winners
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
-from hp_plugin.deepspeed_adapter.moe import DeepSpeedMoELayer
+from hp_plugin.deepspeed_adapter.moe.layer import DeepSpeedMoELayer
 
 
 def check_mixture(model: nn.Module, settings: Mapping[str, Any]) -> None:

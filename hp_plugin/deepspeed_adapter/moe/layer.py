@@ -23,11 +23,11 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_t
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hp_plugin.deepspeed_adapter.moe_checkpoint import sharded_moe_state
-from hp_plugin.deepspeed_adapter.moe_expert import ExpertMaker, ExpertMLP, NumberedExperts
-from hp_plugin.deepspeed_adapter.moe_gate import GridGate
-from hp_plugin.deepspeed_adapter.moe_groups import check_mpu, register_expert_groups
-from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions, check_moe
+from hp_plugin.deepspeed_adapter.moe.checkpoint import sharded_moe_state
+from hp_plugin.deepspeed_adapter.moe.expert import ExpertMaker, ExpertMLP, NumberedExperts
+from hp_plugin.deepspeed_adapter.moe.gate import GridGate
+from hp_plugin.deepspeed_adapter.moe.groups import check_mpu, register_expert_groups
+from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions, check_moe
 
 
 class DeepSpeedMoELayer(MoE):

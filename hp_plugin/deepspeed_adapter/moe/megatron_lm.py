@@ -41,7 +41,7 @@ def use_deepspeed_moe() -> None:
     """
     from megatron.core.models.gpt import GPTModel
 
-    from hp_plugin.deepspeed_adapter.moe_specs import deepspeed_moe_spec
+    from hp_plugin.deepspeed_adapter.moe.specs import deepspeed_moe_spec
 
     original = GPTModel.__init__
     signature = inspect.signature(original)

@@ -9,8 +9,8 @@ from typing import Any
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from hp_plugin.deepspeed_adapter.moe import DeepSpeedMoELayer
-from hp_plugin.deepspeed_adapter.moe_options import DeepSpeedMoEOptions
+from hp_plugin.deepspeed_adapter.moe.layer import DeepSpeedMoELayer
+from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions
 
 
 def deepspeed_moe_spec(spec: Any, options: DeepSpeedMoEOptions | None = None, required: bool = True) -> Any:

@@ -6,7 +6,8 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hp_plugin.exchange.base import Angles, Exchange
+from hp_plugin.exchange.batch.rule import BatchRule
+from hp_plugin.exchange.strategy import Angles, Exchange
 
 
 class BatchExchange(Exchange):
@@ -16,7 +17,7 @@ class BatchExchange(Exchange):
     output in another. With n = 1 both maps are the identity.
     """
 
-    name = "batch"
+    rule = BatchRule()
 
     def to_heads(self, mixed: Tensor) -> Tensor:
         """[s, b, slots · d/n] -> [s, b/n, slots · d], what stock SelfAttention expects at TP = m."""

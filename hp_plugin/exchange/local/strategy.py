@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from hp_plugin.exchange.base import Angles, Exchange
+from hp_plugin.exchange.local.rule import LocalRule
+from hp_plugin.exchange.strategy import Angles, Exchange
 
 
 class LocalExchange(Exchange):
@@ -20,7 +21,7 @@ class LocalExchange(Exchange):
     The result is attention with h · n heads and g · n query groups of d/n channels, not the model's own.
     """
 
-    name = "local"
+    rule = LocalRule()
 
     @property
     def stock_group(self) -> ProcessGroup:

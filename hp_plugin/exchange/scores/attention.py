@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hp_plugin.exchange_rules import SCORES_BLOCK
-from hp_plugin.inner_attention.masks import hidden_keys, mask_rows
+from hp_plugin.exchange.masks import hidden_keys, mask_rows
+from hp_plugin.exchange.scores.rule import SCORES_BLOCK
 
 
 @dataclass(frozen=True)

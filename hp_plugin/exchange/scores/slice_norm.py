@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hp_plugin.inner_attention.collectives import all_reduce_sum
+from hp_plugin.exchange.scores.collectives import all_reduce_sum
 
 
 def norm_kind(norm: nn.Module) -> str | None:

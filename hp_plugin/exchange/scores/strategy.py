@@ -10,27 +10,28 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from hp_plugin.exchange.base import QKV, Angles, CoreSettings, Exchange
-from hp_plugin.inner_attention.dropout_rng import HEAD_PARALLEL_RNG, ensure_head_parallel_rng
-from hp_plugin.inner_attention.scores import ScoresSettings, scores_attention
-from hp_plugin.inner_attention.slice_norm import slice_norm
-from hp_plugin.inner_attention.slice_rotary import rotate_slices
+from hp_plugin.exchange.scores.attention import ScoresSettings, scores_attention
+from hp_plugin.exchange.scores.dropout_rng import HEAD_PARALLEL_RNG, ensure_head_parallel_rng
+from hp_plugin.exchange.scores.rule import ScoresRule
+from hp_plugin.exchange.scores.slice_norm import slice_norm
+from hp_plugin.exchange.scores.slice_rotary import rotate_slices
+from hp_plugin.exchange.strategy import QKV, Angles, CoreSettings, Exchange
 
 
 class ScoresExchange(Exchange):
-    """Every rank keeps its d/n slice; `hp_plugin.inner_attention.scores` all-reduces partial scores over the dim axis.
+    """Every rank keeps its d/n slice; `attention` beside this all-reduces partial scores over the dim axis.
 
     Moves nothing around the attention itself: rotary halves, norm statistics and scores travel inside it.
     """
 
-    name = "scores"
+    rule = ScoresRule()
     separates = True
 
     def to_heads(self, mixed: Tensor) -> QKV:
         """[s, b, slots · d/n] -> queries (and gates) [s, b, h/m, d/n], keys and values [s, b, g/m, d/n]."""
         s, b, _ = mixed.shape
         layout = self.layout
-        slots = mixed.view(s, b, layout.groups, layout.query_slots + 2, layout.width)
+        slots = mixed.view(s, b, layout.kv_groups, layout.query_slots + 2, layout.width)
         gates = layout.query_slots - layout.queries
         query, gate, key, value = slots.split([layout.queries, gates, 1, 1], dim=3)
         return QKV(query.flatten(2, 3), gate.flatten(2, 3) if layout.gate else None, key.squeeze(3), value.squeeze(3))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from hp_plugin.inner_attention.masks import hidden_keys, mask_rows
+from hp_plugin.exchange.masks import hidden_keys, mask_rows
 
 FLASH_HEAD_DIM = 256
 """Head dimensions up to this have a fused CUDA kernel that reads shared key heads in place (FlashAttention-2)."""

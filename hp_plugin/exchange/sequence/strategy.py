@@ -10,8 +10,9 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hp_plugin.exchange.base import QKV, Angles, CoreSettings, Exchange
-from hp_plugin.inner_attention.sequence import sequence_attention
+from hp_plugin.exchange.sequence.attention import sequence_attention
+from hp_plugin.exchange.sequence.rule import SequenceRule
+from hp_plugin.exchange.strategy import QKV, Angles, CoreSettings, Exchange
 
 
 class SequenceExchange(Exchange):
@@ -23,14 +24,14 @@ class SequenceExchange(Exchange):
     adds them.
     """
 
-    name = "sequence"
+    rule = SequenceRule()
     separates = True
 
     def to_heads(self, mixed: Tensor) -> QKV:
         """[s, b, slots · d/n] -> queries (and gates) [s/n, b, h/m, d], keys and values [s, b, g/m, d]."""
         s, b, _ = mixed.shape
         layout, n = self.layout, self.n
-        slots = mixed.view(s, b, layout.groups, layout.query_slots + 2, layout.width)
+        slots = mixed.view(s, b, layout.kv_groups, layout.query_slots + 2, layout.width)
         queries, keys_values = slots.split([layout.query_slots, 2], dim=3)
         # [s, b, ..] -> [n, s/n · b · ..]: for each rank of the dim group its early and its late chunk
         early, late = queries.unflatten(0, (2, n, -1)).unbind(0)
@@ -39,9 +40,9 @@ class SequenceExchange(Exchange):
         traded = all_to_all(self.groups.dim, torch.cat((chunks, everyone), dim=1))
         own, whole = traded.split([chunks.shape[1], everyone.shape[1]], dim=1)
         # [n, s/n, b, g/m, slots, d/n] -> [s/n, b, g/m, slots, d], and the same for the s keys and values
-        own = own.view(n, s // n, b, layout.groups, layout.query_slots, layout.width)
+        own = own.view(n, s // n, b, layout.kv_groups, layout.query_slots, layout.width)
         own = own.permute(1, 2, 3, 4, 0, 5).flatten(4)
-        whole = whole.view(n, s, b, layout.groups, 2, layout.width).permute(1, 2, 3, 4, 0, 5).flatten(4)
+        whole = whole.view(n, s, b, layout.kv_groups, 2, layout.width).permute(1, 2, 3, 4, 0, 5).flatten(4)
         query, gate = own[:, :, :, : layout.queries], own[:, :, :, layout.queries :]
         key, value = whole.unbind(dim=3)
         return QKV(query.flatten(2, 3), gate.flatten(2, 3) if layout.gate else None, key, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hp_plugin.cost.program import FusedAttention, Gemm, Kernel, Stream
+from hp_plugin.planner.counts.program import FusedAttention, Gemm, Kernel, Stream
 
 FUSED_HEAD_DIM = 256
 """Largest head dimension that FlashAttention-2/3 and cuDNN train on Hopper.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hp_plugin.cost.layer_program import Passes
-from hp_plugin.cost.linear_program import column_backward, column_forward, gathered_columns
-from hp_plugin.cost.program import Block, Collective, Program, Stream
-from hp_plugin.cost.share import Share
+from hp_plugin.planner.counts.layer import Passes
+from hp_plugin.planner.counts.linear import column_backward, column_forward, gathered_columns
+from hp_plugin.planner.counts.program import Block, Collective, Program, Stream
+from hp_plugin.planner.counts.share import Share
 
 UNFUSED_LOSS_BYTES = 30.0
 """Memory traffic of PyTorch's cross entropy per 16-bit logit: cast up (6), log-softmax (8), its gradient (8), cast

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hp_plugin.cost.core_attention_program import core_backward, core_forward, is_fused
-from hp_plugin.cost.linear_program import gathered_columns
-from hp_plugin.cost.program import Block, Collective, Gemm, Kernel, Program, Stream
-from hp_plugin.cost.share import Share
-from hp_plugin.exchange_rules import RULES, SCORES_BLOCK, ScoresRule
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.scores.rule import SCORES_BLOCK, ScoresRule
+from hp_plugin.planner.counts.core_attention import core_backward, core_forward, is_fused
+from hp_plugin.planner.counts.linear import gathered_columns
+from hp_plugin.planner.counts.program import Block, Collective, Gemm, Kernel, Program, Stream
+from hp_plugin.planner.counts.share import Share
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hp_plugin.cost.core_attention_program import FUSED_HEAD_DIM, is_fused
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.memory import Memory
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import split_layers
+from hp_plugin.planner.counts.core_attention import FUSED_HEAD_DIM, is_fused
+from hp_plugin.planner.counts.memory import Memory
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import split_layers
+from hp_plugin.planner.machine.hardware import Hardware
 
 
 def shape_problems(share: Share) -> list[str]:

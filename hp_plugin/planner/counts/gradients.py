@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hp_plugin.cost.program import Collective
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters, Stage, row_biases
+from hp_plugin.planner.counts.program import Collective
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import RankParameters, Stage, row_biases
 
 
 def bucket_parameters(replicas: int) -> int:

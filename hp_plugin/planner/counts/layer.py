@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hp_plugin.cost.exchange_program import exchanged
-from hp_plugin.cost.linear_program import column_backward, column_forward, row_backward, row_forward
-from hp_plugin.cost.moe_program import moe_backward, moe_forward
-from hp_plugin.cost.program import Block, Collective, Program, Stream, beside
-from hp_plugin.cost.share import Share
+from hp_plugin.planner.counts.exchange import exchanged
+from hp_plugin.planner.counts.linear import column_backward, column_forward, row_backward, row_forward
+from hp_plugin.planner.counts.moe import moe_backward, moe_forward
+from hp_plugin.planner.counts.program import Block, Collective, Program, Stream, beside
+from hp_plugin.planner.counts.share import Share
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Source: `megatron.core.tensor_parallel.layers` (`ColumnParallelLinear`, `RowPara
 
 from __future__ import annotations
 
-from hp_plugin.cost.program import Block, Collective, Gemm, Program, Stream
-from hp_plugin.cost.share import Share
+from hp_plugin.planner.counts.program import Block, Collective, Gemm, Program, Stream
+from hp_plugin.planner.counts.share import Share
 
 
 def column_forward(share: Share, name: str, rows: int) -> Program:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hp_plugin.cost.core_attention_program import is_fused
-from hp_plugin.cost.moe_program import routed_tokens
-from hp_plugin.cost.schedule import peak_in_flight, pipeline_order
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import Stage, build_stages, stage_parameters
-from hp_plugin.exchange_rules import SCORES_BLOCK
+from hp_plugin.exchange.scores.rule import SCORES_BLOCK
+from hp_plugin.planner.counts.core_attention import is_fused
+from hp_plugin.planner.counts.moe import routed_tokens
+from hp_plugin.planner.counts.schedule import peak_in_flight, pipeline_order
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import Stage, build_stages, stage_parameters
 
 OPTIMIZER_BYTES = 12
 """Adam in mixed precision: fp32 weight and two fp32 moments per parameter."""

@@ -6,8 +6,8 @@ Sources: `megatron.core.transformer.moe` (all-to-all dispatcher, expert tensor p
 
 from __future__ import annotations
 
-from hp_plugin.cost.program import Block, Collective, Gemm, Program, Stream
-from hp_plugin.cost.share import Share
+from hp_plugin.planner.counts.program import Block, Collective, Gemm, Program, Stream
+from hp_plugin.planner.counts.share import Share
 
 
 def routed_tokens(share: Share) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from hp_plugin.cost.collectives import wire_factor
+from hp_plugin.planner.machine.collectives import wire_factor
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ Kernel = Gemm | FusedAttention | Stream
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective over a group axis, a key of `hp_plugin.cost.placement.placements`.
+    """One collective over a group axis, a key of `hp_plugin.planner.machine.placement.placements`.
 
     `bytes` is counted as nccl-tests do: all_reduce the buffer, all_gather the gathered result, reduce_scatter and
     all_to_all one rank's whole input, send_recv the message.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.workload import Workload
-from hp_plugin.exchange_rules import AttentionShape
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 
-from hp_plugin.cost.ends_program import embedding, head
-from hp_plugin.cost.gradients import chunk_sync, end_of_step
-from hp_plugin.cost.layer_program import Passes, layer
-from hp_plugin.cost.program import Collective, collectives
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import Stage, build_stages, stage_parameters
+from hp_plugin.planner.counts.ends import embedding, head
+from hp_plugin.planner.counts.gradients import chunk_sync, end_of_step
+from hp_plugin.planner.counts.layer import Passes, layer
+from hp_plugin.planner.counts.program import Collective, collectives
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import Stage, build_stages, stage_parameters
 
 
 def step_collectives(share: Share) -> list[Counter[Collective]]:

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.cost import hugging_face
-from hp_plugin.cost.hardware import package_json
-from hp_plugin.cost.json_file import read_object
+from hp_plugin.planner.inputs import hugging_face
+from hp_plugin.planner.machine.hardware import package_json
+from hp_plugin.planner.machine.json_file import read_object
 
 MAX_LAYERS = 10_000
 """Layers beyond which a model is taken for a typing error."""
@@ -142,7 +142,7 @@ class ModelShape:
 
 def presets() -> dict[str, str]:
     """Names and descriptions of the models that come with the package."""
-    return {name: str(entry["description"]) for name, entry in package_json("models.json").items()}
+    return {name: str(entry["description"]) for name, entry in package_json("inputs/data/models.json").items()}
 
 
 def load_model(text: str) -> ModelShape:
@@ -154,7 +154,7 @@ def load_model(text: str) -> ModelShape:
         ValueError: no such model or field, a malformed value, or sizes that contradict each other.
     """
     first, _, rest = text.partition(",")
-    known = package_json("models.json")
+    known = package_json("inputs/data/models.json")
     if first in known:
         return _from_fields(first, {**_shape(known[first]), **_pairs(rest)})
     if "=" in first:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log2
 
-from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.placement import Placement
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.placement import Placement
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
 

@@ -11,12 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.cost.attention_rate import AttentionKernel, Occupancy
-from hp_plugin.cost.collectives import Collectives, Links
-from hp_plugin.cost.curve import TimeCurve
-from hp_plugin.cost.gemm import GemmTable
-from hp_plugin.cost.json_file import read_object
-from hp_plugin.cost.parameter import PARAMETERS, Parameter, read_parameters
+from hp_plugin.planner.machine.attention_rate import AttentionKernel, Occupancy
+from hp_plugin.planner.machine.collectives import Collectives, Links
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.gemm import GemmTable
+from hp_plugin.planner.machine.json_file import read_object
+from hp_plugin.planner.machine.parameter import PARAMETERS, Parameter, read_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +87,13 @@ def load_hardware(name: str) -> Hardware:
 
 
 def package_json(name: str) -> Any:
-    """One of the package's data files."""
-    return json.loads(resources.files("hp_plugin.cost").joinpath("data").joinpath(name).read_text(encoding="utf-8"))
+    """One of the planner's data files, by its path in the package."""
+    return json.loads(resources.files("hp_plugin.planner").joinpath(*name.split("/")).read_text(encoding="utf-8"))
 
 
 @cache
 def _shipped_entries() -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = package_json("hardware.json")
+    entries: dict[str, dict[str, Any]] = package_json("machine/data/hardware.json")
     return entries
 
 
@@ -159,7 +159,7 @@ def _table(what: str, reference: object, folder: Path | None) -> Any:
     if folder is not None and (folder / reference).exists():
         return read_object(folder / reference, f"{what} table")
     try:
-        return package_json(reference)
+        return package_json(f"machine/data/{reference}")
     except OSError:
         raise ValueError(f"no {what} table {reference!r}, neither beside the description nor in the package") from None
 

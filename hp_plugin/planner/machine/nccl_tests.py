@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from hp_plugin.cost.collectives import KINDS
-from hp_plugin.cost.curve import TimeCurve
+from hp_plugin.planner.machine.collectives import KINDS
+from hp_plugin.planner.machine.curve import TimeCurve
 
 _NAMES = {
     "all_reduce": "all_reduce",

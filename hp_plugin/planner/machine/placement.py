@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hp_plugin.grid import Grid, tensor_parallel_groups
+from hp_plugin.grid.ranks import Grid, tensor_parallel_groups
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.cost.prediction import Prediction
+from hp_plugin.planner.seconds.prediction import Prediction
 
 LANES = ("passes", "pipeline", "gradients", "optimizer")
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.cost.prediction import Prediction
+from hp_plugin.planner.seconds.prediction import Prediction
 
 COLOURS = {"F": "#4c78a8", "B": "#f58518", "pipeline": "#bab0ac", "gradients": "#54a24b", "optimizer": "#b279a2"}
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hp_plugin.cost.candidates import Search
-from hp_plugin.cost.feasibility import shape_problems
-from hp_plugin.cost.hardware import load_hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape, load_model
-from hp_plugin.cost.planner import make_plan
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.feasibility import shape_problems
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.search.candidates import Search
+from hp_plugin.planner.search.plan import make_plan
+from hp_plugin.planner.seconds.prediction import Prediction
 
 MACHINE = "h100-ib"
 """The machine that the models are predicted on."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hp_plugin.cost.hardware import Hardware, load_hardware, package_json
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware, package_json
 
 
 @dataclass(frozen=True)
@@ -131,5 +131,5 @@ def decode_rows() -> list[Row]:
 
 
 def _table(name: str) -> list[list[Any]]:
-    rows: list[list[Any]] = package_json("published.json")[name]["rows"]
+    rows: list[list[Any]] = package_json("reports/data/published.json")[name]["rows"]
     return rows

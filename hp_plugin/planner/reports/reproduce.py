@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hp_plugin.cost.candidates import Search
-from hp_plugin.cost.feasibility import memory_problem
-from hp_plugin.cost.hardware import Hardware, load_hardware, package_json
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape, load_model
-from hp_plugin.cost.planner import make_plan
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.feasibility import memory_problem
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware, package_json
+from hp_plugin.planner.search.candidates import Search
+from hp_plugin.planner.search.plan import make_plan
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 GPUS = 16
 GLOBAL_BATCH = 1024
@@ -95,7 +95,7 @@ def pair(setting: Setting) -> Pair:
 
 def reported(model: str) -> tuple[list[float], list[float]]:
     """(TPS, TPOT in ms) of baseline and grid, as reported for a model."""
-    rows = package_json("published.json")["source_experiments"]["rows"]
+    rows = package_json("reports/data/published.json")["source_experiments"]["rows"]
     mine = [row for row in rows if row[0] == model.removeprefix("paper-")]
     return [row[2] for row in mine], [row[3] for row in mine]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hp_plugin.cost.candidates import Search
-from hp_plugin.cost.feasibility import memory_problem
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.planner import make_plan
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.feasibility import memory_problem
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.search.candidates import Search
+from hp_plugin.planner.search.plan import make_plan
+from hp_plugin.planner.seconds.step import predict
 
 KINDS = ("micro-batches", "seq", "gpus")
 Curves = dict[str, list[tuple[float, float]]]

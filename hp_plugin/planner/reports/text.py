@@ -7,18 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from hp_plugin.cost.gradients import chunk_sync, end_of_step
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.launch_flags import deepspeed_config, megatron_flags
-from hp_plugin.cost.layer_program import layer
-from hp_plugin.cost.parameter import KINDS, PARAMETERS
-from hp_plugin.cost.placement import placements
-from hp_plugin.cost.planner import Plan
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.pricing import Pricer
-from hp_plugin.cost.program import Collective, collectives
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import build_stages, stage_parameters
+from hp_plugin.planner.counts.gradients import chunk_sync, end_of_step
+from hp_plugin.planner.counts.layer import layer
+from hp_plugin.planner.counts.program import Collective, collectives
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import build_stages, stage_parameters
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.machine.parameter import KINDS, PARAMETERS
+from hp_plugin.planner.machine.placement import placements
+from hp_plugin.planner.search.launch_flags import deepspeed_config, megatron_flags
+from hp_plugin.planner.search.plan import Plan
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.pricing import Pricer
 
 MARK = "≠"
 """Marks layouts that compute another function than the model's attention (`local`)."""

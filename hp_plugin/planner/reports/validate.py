@@ -6,14 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
-from hp_plugin.cost.feasibility import memory_problem, shape_problems
-from hp_plugin.cost.hardware import Hardware, load_hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import memory
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.published import FOUNDRY, GPT_FAST, MEGATRON, Row, decode_rows, foundry_rows, megatron_rows
-from hp_plugin.cost.share import Share
+from hp_plugin.planner.counts.feasibility import memory_problem, shape_problems
+from hp_plugin.planner.counts.memory import memory
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware
+from hp_plugin.planner.reports.published import (
+    FOUNDRY,
+    GPT_FAST,
+    MEGATRON,
+    Row,
+    decode_rows,
+    foundry_rows,
+    megatron_rows,
+)
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 CALIBRATION = ("7.1 B", "16 B", "32 B")
 """The only rows that anything is fitted to: Megatron-LM's with tensor but no pipeline parallelism, so that nothing

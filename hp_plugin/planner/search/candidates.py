@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.workload import Workload
-from hp_plugin.exchange_rules import RULES
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
 
 MIN_CONTEXT_SHARE = 2048
 """Positions per context-parallel rank below which context parallelism is not tried."""

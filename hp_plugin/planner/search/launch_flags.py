@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.stages import split_layers
+from hp_plugin.planner.counts.stages import split_layers
+from hp_plugin.planner.seconds.prediction import Prediction
 
 
 def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from hp_plugin.cost.candidates import Search, candidates
-from hp_plugin.cost.core_attention_program import is_fused
-from hp_plugin.cost.feasibility import memory_problem, shape_problems
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import memory
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.predict import predict
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.core_attention import is_fused
+from hp_plugin.planner.counts.feasibility import memory_problem, shape_problems
+from hp_plugin.planner.counts.memory import memory
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.search.candidates import Search, candidates
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 MAX_GPUS = 65_536
 """GPUs beyond which a number is taken for a typing error."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hp_plugin.cost.gradients import chunk_sync
-from hp_plugin.cost.pricing import Cost, Pricer
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import RankParameters
-from hp_plugin.cost.timeline import Event, Timeline
+from hp_plugin.planner.counts.gradients import chunk_sync
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import RankParameters
+from hp_plugin.planner.seconds.pricing import Cost, Pricer
+from hp_plugin.planner.seconds.timeline import Event, Timeline
 
 Place = tuple[int, int]
 """(pipeline rank, chunk)."""
@@ -17,7 +17,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Overlap:
-    """What `hp_plugin.cost.timeline.Pipeline` and `gradient_ends` need to know, by place.
+    """What `hp_plugin.planner.seconds.timeline.Pipeline` and `gradient_ends` need to know, by place.
 
     Args:
         gates: (seconds until the chunk's gathered weights are there, share of its first pass that then remains).

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from hp_plugin.cost.ends_program import embedding, head
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.layer_program import Passes, layer
-from hp_plugin.cost.placement import Placement
-from hp_plugin.cost.pricing import Cost, Pricer
-from hp_plugin.cost.share import Share
+from hp_plugin.planner.counts.ends import embedding, head
+from hp_plugin.planner.counts.layer import Passes, layer
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.machine.placement import Placement
+from hp_plugin.planner.seconds.pricing import Cost, Pricer
 
 PARTS = ("dense", "moe", "first", "last")
 """A dense layer, a MoE layer, what precedes the first and what follows the last layer."""

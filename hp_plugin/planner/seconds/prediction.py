@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import Memory
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.timeline import Event
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.memory import Memory
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.seconds.timeline import Event
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.placement import Placement
-from hp_plugin.cost.program import Block, Collective, FusedAttention, Gemm, Kernel, Program
+from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Gemm, Kernel, Program
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.machine.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from hp_plugin.cost.decode import decode_period
-from hp_plugin.cost.feasibility import shape_problems
-from hp_plugin.cost.gradient_overlap import gradient_ends, plan_overlap
-from hp_plugin.cost.gradients import end_of_step, optimizer_bytes
-from hp_plugin.cost.hardware import Hardware
-from hp_plugin.cost.layout import Layout
-from hp_plugin.cost.memory import memory
-from hp_plugin.cost.model_shape import ModelShape
-from hp_plugin.cost.pass_costs import part_costs
-from hp_plugin.cost.placement import placements
-from hp_plugin.cost.prediction import Prediction
-from hp_plugin.cost.pricing import Cost, Pricer
-from hp_plugin.cost.program import Collective, Stream
-from hp_plugin.cost.share import Share
-from hp_plugin.cost.stages import Stage, build_stages, stage_parameters
-from hp_plugin.cost.timeline import Event, PassTimes, Pipeline, Timeline, simulate
-from hp_plugin.cost.workload import Workload
+from hp_plugin.planner.counts.feasibility import shape_problems
+from hp_plugin.planner.counts.gradients import end_of_step, optimizer_bytes
+from hp_plugin.planner.counts.memory import memory
+from hp_plugin.planner.counts.program import Collective, Stream
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.stages import Stage, build_stages, stage_parameters
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.machine.placement import placements
+from hp_plugin.planner.seconds.decode import decode_period
+from hp_plugin.planner.seconds.gradient_overlap import gradient_ends, plan_overlap
+from hp_plugin.planner.seconds.pass_costs import part_costs
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.pricing import Cost, Pricer
+from hp_plugin.planner.seconds.timeline import Event, PassTimes, Pipeline, Timeline, simulate
 
 
 def predict(

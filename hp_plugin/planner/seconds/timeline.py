@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hp_plugin.cost.schedule import Task, pipeline_order
+from hp_plugin.planner.counts.schedule import Task, pipeline_order
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from hp_plugin.checkpoint_rules import check_same_layout, recorded_head_dim
-from hp_plugin.training.checkpoint_state import (
+from hp_plugin.checkpoint.rules import check_same_layout, recorded_head_dim
+from hp_plugin.training.checkpoints.state import (
     VERSION,
     arguments_record,
     model_keys,

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from hp_plugin.checkpoint_rules import check_same_function, recorded_head_dim
-from hp_plugin.megatron_adapter.checkpoint_checks import check_files, check_tensors
-from hp_plugin.training import legacy_checkpoint
-from hp_plugin.training.checkpoint_folder import RELEASE, CheckpointFolder
-from hp_plugin.training.checkpoint_state import content_metadata, restore, sharded_state
+from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.rules import check_same_function, recorded_head_dim
+from hp_plugin.training.checkpoints import legacy as legacy_checkpoint
+from hp_plugin.training.checkpoints.folder import RELEASE, CheckpointFolder
+from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.log import print_rank_0
 from hp_plugin.training.step import Trainer

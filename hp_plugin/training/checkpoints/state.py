@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
-from hp_plugin.checkpoint_rules import record_head_dim
+from hp_plugin.checkpoint.rules import record_head_dim
 from hp_plugin.training.step import Trainer
 from hp_plugin.training.transformer import params_dtype
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from hp_plugin.bench.job import Job
+    from hp_plugin.compare.job import Job
 
 
 class RankFailedError(Exception):
@@ -55,7 +55,7 @@ def run_packed(packed: bytes) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     job: Job = pickle.loads(packed)
-    from hp_plugin.bench.job import run_rank
+    from hp_plugin.compare.rank import run_rank
 
     run_rank(job)
 

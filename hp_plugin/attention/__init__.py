@@ -1,0 +1,1 @@
+"""Where the grid meets Megatron-Core: the parallel layers, the attention, its config, registration and specs."""

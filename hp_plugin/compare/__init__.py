@@ -1,0 +1,1 @@
+"""Stock and grid layouts measured side by side, held to one loss."""

@@ -1,0 +1,1 @@
+"""What is compared: models, layouts and suites of them."""

@@ -1,0 +1,1 @@
+"""What a comparison shows: table, page, picture, and predictions beside it."""

@@ -1,0 +1,1 @@
+"""The exchange `batch`: whole heads of a share of the samples."""

@@ -1,0 +1,1 @@
+"""What is planned: the model, the layout and the workload."""

@@ -1,0 +1,1 @@
+"""What is printed, drawn and held to published figures."""

@@ -1,0 +1,1 @@
+"""Layouts tried and ranked, and the flags that launch them."""

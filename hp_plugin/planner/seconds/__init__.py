@@ -1,0 +1,1 @@
+"""Counts priced on a machine: passes, pipelines, steps and decoding."""

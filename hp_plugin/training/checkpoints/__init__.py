@@ -1,0 +1,1 @@
+"""How the reference trainer saves, finds and resumes checkpoints."""
