@@ -13,7 +13,7 @@ SMALL = ["--model", "layers=4,D=512,h=8,g=2,vocab=1000", "--gpus", "4", "--globa
 
 
 def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert plan.main([*SMALL, *arguments]) == 0
+    assert main([*SMALL, *arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -163,7 +163,7 @@ def test_own_measurements_change_the_prediction(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
-    assert plan.main([*SMALL, *arguments]) == 2
+    assert main([*SMALL, *arguments]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
@@ -171,7 +171,7 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list
 
 @pytest.mark.slow
 def test_reproduce_paper_prints_both_models_and_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--reproduce", "paper"]) == 0
+    assert main(["--reproduce", "paper"]) == 0
     text = capsys.readouterr().out
     for wanted in ("ratio 1.317", "ratio 1.353", "h100-nvlink", "really best", "decode: context", "the grid wins in"):
         assert wanted in text
