@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hp_plugin.attention.self_attention import layers
+from hp_plugin.attention import layers
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.step import Trainer
 from tests.adapters.checkpoint_cases import (

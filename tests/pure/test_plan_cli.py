@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hp_plugin.commands.plan import main
+
 SMALL = ["--model", "layers=4,D=512,h=8,g=2,vocab=1000", "--gpus", "4", "--global-batch", "8", "--seq", "256"]
 
 
