@@ -18,7 +18,7 @@ PACKAGE = ROOT / "hp_plugin"
 # folder or a module; a longer name is a room of its own in the shorter one. Rooms of one step do not see each other.
 FLOORS: dict[int, list[tuple[str, ...]]] = {
     0: [
-        ("grid", "exchange", "exchange.batch", "exchange.sequence", "exchange.scores", "exchange.local"),
+        ("refusal", "grid", "exchange", "exchange.batch", "exchange.sequence", "exchange.scores", "exchange.local"),
         ("grid.ranks", "grid.ownership", "exchange.rule"),
         ("exchange.batch.rule", "exchange.sequence.rule", "exchange.scores.rule", "exchange.local.rule"),
         ("exchange.rules",),

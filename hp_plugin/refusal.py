@@ -1,0 +1,42 @@
+"""Why something cannot run, as a value: programs read its kind and amount, people its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason why a model, a layout or an exchange cannot run as asked.
+
+    Args:
+        kind: one word by which programs tell reasons apart (`memory`, `heads`, `batch`, ...).
+        text: the reason and the way out, for people; nothing parses it.
+        amount: by how much it fails, in the unit of its kind (`memory`: bytes); 0 where there is nothing to count.
+    """
+
+    kind: str
+    text: str
+    amount: float = 0.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class RefusedError(ValueError):
+    """A request that was refused: its message is for people, `refusals` for programs.
+
+    Args:
+        refusals: all reasons, which the message joins.
+        about: what was asked for, which the message begins with.
+    """
+
+    def __init__(self, refusals: Iterable[Refusal], about: str = "") -> None:
+        self.refusals = tuple(refusals)
+        self.about = about
+        said = "; ".join(refusal.text for refusal in self.refusals)
+        super().__init__(f"{about}: {said}" if about else said)
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Refusal, ...], str]]:
+        return type(self), (self.refusals, self.about)  # errors cross from rank to rank by pickle
