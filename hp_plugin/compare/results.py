@@ -18,7 +18,8 @@ from hp_plugin.compare.ranks.together import cpu_cores
 from hp_plugin.compare.report.closed_form import closed_form_bytes
 from hp_plugin.compare.report.markdown import markdown
 from hp_plugin.compare.report.predicted import predicted
-from hp_plugin.planner.machine.hardware import Hardware, package_json
+from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.machine.json_file import package_json
 
 if TYPE_CHECKING:
     from hp_plugin.compare.job import Job

@@ -10,7 +10,8 @@ import pytest
 
 from hp_plugin.planner.inputs.model_shape import load_model
 from hp_plugin.planner.machine.curve import TimeCurve
-from hp_plugin.planner.machine.hardware import load_hardware, package_json, shipped
+from hp_plugin.planner.machine.hardware import load_hardware, shipped
+from hp_plugin.planner.machine.json_file import package_json
 from hp_plugin.planner.machine.nccl_tests import read_nccl_tests
 from hp_plugin.planner.machine.parameter import KINDS, PARAMETERS
 from hp_plugin.planner.machine.placement import Placement

@@ -11,7 +11,8 @@ from hp_plugin.planner.counts.core_attention import core_backward, core_forward
 from hp_plugin.planner.counts.program import FusedAttention, Gemm, Stream
 from hp_plugin.planner.machine.curve import TimeCurve
 from hp_plugin.planner.machine.gemm import GemmTable
-from hp_plugin.planner.machine.hardware import load_hardware, package_json
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.machine.json_file import package_json
 from hp_plugin.planner.seconds.pricing import Pricer
 
 H100 = load_hardware("h100-ib")

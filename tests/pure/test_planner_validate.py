@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hp_plugin.planner.machine.hardware import load_hardware, package_json
+from hp_plugin.planner.machine.hardware import load_hardware
+from hp_plugin.planner.machine.json_file import package_json
 from hp_plugin.planner.reports import reproduce, validate
 from hp_plugin.planner.reports.published import FOUNDRY, MEGATRON, decode_rows, foundry_rows, megatron_rows
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hp_plugin.planner.inputs import hugging_face
-from hp_plugin.planner.machine.hardware import package_json
-from hp_plugin.planner.machine.json_file import read_object
+from hp_plugin.planner.machine.json_file import package_json, read_object
 
 MAX_LAYERS = 10_000
 """Layers beyond which a model is taken for a typing error."""

@@ -1,10 +1,28 @@
-"""Reads a user's JSON file, whose every mistake is named with the file."""
+"""Reads JSON: the planner's own data files, and a user's, whose every mistake is named with the file."""
 
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # its place differs between Python 3.10 and 3.11
+    from importlib.abc import Traversable
+
+
+def package_json(name: str) -> Any:
+    """One of the planner's data files, by its path in the package."""
+    return json.loads(_packaged(name).read_text(encoding="utf-8"))
+
+
+def package_folder(name: str) -> list[str]:
+    """Names of the files in one of the planner's data folders, sorted."""
+    return sorted(entry.name for entry in _packaged(name).iterdir())
+
+
+def _packaged(name: str) -> Traversable:
+    return resources.files("hp_plugin.planner").joinpath(*name.split("/"))
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

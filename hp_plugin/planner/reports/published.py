@@ -8,7 +8,8 @@ from typing import Any
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
-from hp_plugin.planner.machine.hardware import Hardware, load_hardware, package_json
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware
+from hp_plugin.planner.machine.json_file import package_json
 
 
 @dataclass(frozen=True)

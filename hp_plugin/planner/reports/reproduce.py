@@ -9,7 +9,8 @@ from hp_plugin.planner.counts.feasibility import memory_problem
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
-from hp_plugin.planner.machine.hardware import Hardware, load_hardware, package_json
+from hp_plugin.planner.machine.hardware import Hardware, load_hardware
+from hp_plugin.planner.machine.json_file import package_json
 from hp_plugin.planner.search.candidates import Search
 from hp_plugin.planner.search.plan import make_plan
 from hp_plugin.planner.seconds.prediction import Prediction

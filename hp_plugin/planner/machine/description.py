@@ -1,0 +1,107 @@
+"""The parts of a machine's description: what it inherits, its tables, its kernels and its collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hp_plugin.planner.machine.attention_rate import AttentionKernel, Occupancy
+from hp_plugin.planner.machine.collectives import Collectives, Links
+from hp_plugin.planner.machine.curve import TimeCurve
+from hp_plugin.planner.machine.json_file import package_folder, package_json, read_object
+from hp_plugin.planner.machine.parameter import Parameter
+
+FIELDS = ("description", "order", "based_on", "parameters", "gemm", "attention", "kernels", "collectives")
+"""What a description may say; `order` is a shipped machine's place in lists."""
+
+_FOLDER = "machine/data/machines"
+
+
+@cache
+def shipped_entries() -> dict[str, dict[str, Any]]:
+    """Descriptions of the machines that come with the package, one per file; those without `order` last, by name."""
+    entries = {
+        file.removesuffix(".json"): package_json(f"{_FOLDER}/{file}")
+        for file in package_folder(_FOLDER)
+        if file.endswith(".json")
+    }
+    return dict(sorted(entries.items(), key=lambda item: (item[1].get("order", len(entries) + 1), item[0])))
+
+
+def inherited(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description with everything that it takes over from the machines that it is based on.
+
+    Raises:
+        ValueError: an unknown base, or parameters that are no object.
+    """
+    own = entry.get("parameters", {})
+    if not isinstance(own, Mapping):
+        raise ValueError(f"hardware {name}, parameters: expected an object, got {own!r}")
+    base = entry.get("based_on")
+    if base is None:
+        return {**entry, "parameters": own}
+    if not isinstance(base, str) or base not in shipped_entries():
+        raise ValueError(f"hardware {name}: based_on {base!r} is none of {', '.join(shipped_entries())}")
+    parent = inherited(base, shipped_entries()[base])
+    merged = {**parent, **{key: value for key, value in entry.items() if key != "based_on"}}
+    merged["parameters"] = {**parent["parameters"], **own}
+    return merged
+
+
+def table(what: str, reference: object, folder: Path | None) -> Any:
+    """A table written in place, in a file beside the description, or in the package.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not isinstance(reference, str):
+        return reference
+    if folder is not None and (folder / reference).exists():
+        return read_object(folder / reference, f"{what} table")
+    try:
+        return package_json(f"machine/data/{reference}")
+    except OSError:
+        raise ValueError(f"no {what} table {reference!r}, neither beside the description nor in the package") from None
+
+
+def attention_kernels(given: Mapping[str, Any], multiprocessors: int) -> dict[str, AttentionKernel]:
+    """The kernels of an attention table on a GPU with `multiprocessors`."""
+    shape = given["occupancy"]
+    occupancy = Occupancy(
+        int(shape["tile_rows"]), float(shape["half_waves"]), float(shape["reference_waves"]), multiprocessors
+    )
+    return {name: AttentionKernel.from_json(name, entry, occupancy) for name, entry in given["kernels"].items()}
+
+
+def measured_collectives(given: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Collectives:
+    """The curves of a table, carried over to a machine's links.
+
+    Raises:
+        ValueError: a curve without points, or an unknown collective.
+    """
+    within = 1.0 / parameters["collective_scale"].value
+    nic = parameters["nic_bytes_per_s"].value
+    across = float(given.get("nic_bytes_per_s", nic)) / nic
+    curves = {}
+    for entry in given["curves"]:
+        # Faster links shorten a transfer, not its latency.
+        factor = within if int(entry["nodes"]) == 1 else across
+        if not entry["points"]:
+            raise ValueError(
+                f"{entry['collective']}, {entry['ranks']} ranks: a curve needs points of (bytes, microseconds)"
+            )
+        latency = min(micros for _, micros in entry["points"])
+        points = [
+            (float(size), (latency + max(0.0, micros - latency) * factor) * 1e-6) for size, micros in entry["points"]
+        ]
+        curves[entry["collective"], int(entry["ranks"]), int(entry["nodes"])] = TimeCurve.from_points(points)
+    links = Links(
+        int(parameters["domain"].value),
+        *(
+            parameters[field].value
+            for field in ("nic_bytes_per_s", "step_s", "network_step_s", "tree_step_s", "many_domains_bytes_per_s")
+        ),
+    )
+    return Collectives(curves, links)
