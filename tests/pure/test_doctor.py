@@ -1,6 +1,5 @@
 """`hp-plugin doctor`: what it concludes from what it finds, and how the command line ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,6 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -123,15 +121,6 @@ def command(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
     code = f"import sys\n{textwrap.dedent(before)}\n{call}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
-
-
-def test_here_the_tests_can_train_and_the_report_is_json() -> None:
-    done = command("doctor", "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["backend"] in ("cpu+gloo", "cuda+nccl")
-    assert report["facts"]["versions"]["megatron-core"] == metadata.version("megatron-core")
-    assert report["facts"]["broken"] == {}
 
 
 def test_without_torch_the_report_still_comes_and_the_status_is_1() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,35 +74,6 @@ def test_modes_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     assert "decode" in out(capsys, "--mode", "decode", "--top", "1", "--continuous")
     refused = out(capsys, "--list-refused").splitlines()
     assert refused and all(": " in line for line in refused)
-
-
-def test_explain_with_trace_and_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    trace, picture = tmp_path / "t.json", tmp_path / "t.png"
-    pytest.importorskip("matplotlib")
-    text = out(capsys, "--explain", "tp=2,pp=2,mbs=2", "--trace", str(trace), "--png", str(picture))
-    assert "waiting for other stages" in text and "memory of the fullest rank" in text
-    assert json.loads(trace.read_text())["traceEvents"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_sweep_table_and_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "s.png"
-    text = out(
-        capsys,
-        "--sweep",
-        "gpus",
-        "--sweep-to",
-        "1024",
-        "--layouts",
-        "tp=4,mbs=2",
-        "grid=2x2,mbs=2",
-        "--png",
-        str(picture),
-    )
-    assert "1,024" in text and "[2] grid=2x2" in text
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "[1] " in out(capsys, "--sweep", "micro-batches")
 
 
 def test_hardware_with_sources(capsys: pytest.CaptureFixture[str]) -> None:
