@@ -1,6 +1,7 @@
-"""Packaging of hp-plugin: the ranges it works in; the tests' exact versions are in tests/requirements.txt."""
+"""Packaging of hp-plugin; its ranges are in hp_plugin/megatron_lm/releases.json, the tests' pins in tests/."""
 
 import ast
+import json
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,6 +18,8 @@ def version() -> str:
 
 
 readme = ROOT / "README.md"
+# Read as a file: importing the package is for when it is installed.
+ranges = json.loads((ROOT / "hp_plugin" / "megatron_lm" / "releases.json").read_text("utf-8"))["ranges"]
 
 setup(
     name="hp-plugin",
@@ -29,12 +32,12 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["hp_plugin", "hp_plugin.*"]),
     package_data={"hp_plugin": ["py.typed", "**/*.json", "**/*.patch"]},
-    python_requires=">=3.10",
-    install_requires=["torch>=2.6", "megatron-core>=0.15,<0.20", "numpy", "rich>=13"],
+    python_requires=ranges["python"],
+    install_requires=[*(name + ranges[name] for name in ("torch", "megatron-core")), "numpy", "rich>=13"],
     extras_require={
         "test": ["mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "tensorboard"],
         "plot": ["matplotlib>=3.8"],
-        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+        "deepspeed": ["deepspeed" + ranges["deepspeed"]],
     },
     entry_points={"console_scripts": ["hp-plugin = hp_plugin.commands.main:main"]},
     classifiers=[

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
 
 from hp_plugin import __version__
+from hp_plugin.megatron_lm.releases import ranges, standing
 
 # The ranges of setup.py, which a user may have installed around; distribution -> range known to work.
-KNOWN = {"python": ">=3.10", "torch": ">=2.6", "megatron-core": ">=0.15,<0.20", "deepspeed": ">=0.19.8,<0.20"}
+KNOWN = ranges()
 
 PURPOSES = {
     "python": "everything",
@@ -133,6 +134,9 @@ def render(report: Report) -> Iterator[str]:
     for name, note in report.notes.items():
         if facts.versions[name]:
             yield f"! {name}: {note.text}"
+    core, python = facts.versions["megatron-core"], facts.versions["python"]
+    if core and python:
+        yield f"Megatron-Core {core} on Python {python}: {standing(core, python)}"
     yield ""
     yield f"GPUs: {', '.join(facts.gpus) or 'none'}; torch is built for CUDA: {facts.cuda or 'no'}"
     yield f"process groups: NCCL {'yes' if facts.nccl else 'no'}, gloo {'yes' if facts.gloo else 'no'}"

@@ -90,12 +90,12 @@ def test_a_cpu_backend_that_does_not_fit_is_reported() -> None:
 @pytest.mark.parametrize(
     ("version", "note", "trains"),
     [
-        ("0.14.0", "0.14.0 is too old, >=0.15,<0.20 is needed", False),
+        ("0.14.0", "0.14.0 is too old, >=0.15,<0.18 is needed", False),
         ("0.15.0", None, True),
         ("0.15.0rc4", None, True),
-        ("0.19.1", None, True),
-        ("0.20", "0.20 is newer than what is known to work, >=0.15,<0.20", True),
-        ("1.0.0", "1.0.0 is newer than what is known to work, >=0.15,<0.20", True),
+        ("0.17.2", None, True),
+        ("0.18", "0.18 is newer than what is known to work, >=0.15,<0.18", True),
+        ("1.0.0", "1.0.0 is newer than what is known to work, >=0.15,<0.18", True),
     ],
 )
 def test_megatron_core_is_held_against_the_known_range(version: str, note: str | None, trains: bool) -> None:
@@ -113,6 +113,15 @@ def test_the_text_shows_every_part_and_every_purpose() -> None:
     assert text.endswith("Training will use cpu+gloo, because this torch is built without CUDA.")
     broken = "\n".join(render(judge(replace(CPU, versions=VERSIONS | {"torch": None}))))
     assert "Nothing can be trained here: torch: not installed." in broken
+
+
+def test_the_text_says_what_was_run_on_the_installed_pair() -> None:
+    tried, untried = (
+        "\n".join(render(judge(replace(CPU, versions=VERSIONS | {"megatron-core": release}))))
+        for release in ("0.16.1", "0.17.0")
+    )
+    assert "Megatron-Core 0.16.1 on Python 3.11.7: run: all tests" in tried
+    assert "Megatron-Core 0.17.0 on Python 3.11.7: not tried" in untried
 
 
 def command(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
