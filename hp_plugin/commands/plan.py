@@ -16,7 +16,7 @@ from hp_plugin.planner.inputs.model_shape import load_model, presets
 from hp_plugin.planner.inputs.workload import MODES, Workload
 from hp_plugin.planner.machine.gemm import GemmTable
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware, shipped
-from hp_plugin.planner.machine.nccl_tests import read_nccl_tests
+from hp_plugin.planner.machine.nccl_tests import read_nccl_log
 from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
 from hp_plugin.planner.reports.chrome_trace import write_trace
 from hp_plugin.planner.reports.figure import draw_curves, draw_timeline, require_matplotlib
@@ -213,11 +213,12 @@ def _hardware(args: argparse.Namespace) -> Hardware:
         kind, _, file = entry.partition("=")
         named = bool(file) and not Path(entry).exists()
         path = Path(file if named else entry)
-        measured = read_nccl_tests(path, kind if named else None)
-        curves = {(measured.kind, measured.ranks, measured.nodes): measured.curve}
-        hardware = hardware.with_curves(
-            curves, f"{measured.kind}, {measured.ranks} ranks on {measured.nodes} node(s): {path}"
-        )
+        for measured in read_nccl_log(path, kind if named else None):
+            for note in measured.notes:
+                print(f"hp-plugin plan: {path}: {note}", file=sys.stderr)
+            curves = {(measured.kind, measured.ranks, measured.nodes): measured.curve}
+            source = f"{measured.kind}, {measured.ranks} ranks on {measured.nodes} node(s): {path}"
+            hardware = hardware.with_curves(curves, "; ".join((source, *measured.notes)))
     return hardware
 
 
