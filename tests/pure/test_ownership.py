@@ -34,9 +34,11 @@ def test_qkv_rows(h: int, g: int, d: int, m: int, n: int, gate: bool) -> None:
             ]
             assert [stock[row] for row in axis.owned(i, j)] == expected
             assert len(expected) == axis.local_size == axis.global_size // (m * n)
-            assert axis.runs(i, j) == [range(run.start, run.start + d // n) for run in axis.runs(i, j)], (
-                "every run is one slot's slice"
-            )
+            # One run per slot of the rank's head group: slice j of that slot, slots one behind the other.
+            slots = len(roles) * g // m
+            assert axis.runs(i, j) == [
+                range(slot * d + j * d // n, slot * d + (j + 1) * d // n) for slot in range(i * slots, (i + 1) * slots)
+            ]
 
 
 @pytest.mark.parametrize(("h", "g", "d", "m", "n"), SHAPES)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
-from hp_plugin.planner.inputs.model_shape import load_model
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.reports.kv_heads import CASES, MACHINE, WORKLOADS, row
-from hp_plugin.planner.search.candidates import Search
-from hp_plugin.planner.search.plan import make_plan
+from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -19,16 +22,35 @@ def test_every_case_is_beyond_the_models_heads(name: str) -> None:
         assert gpus % tp == 0
 
 
-def test_a_row_is_what_a_search_of_that_size_finds() -> None:
+def fastest(model: ModelShape, attentions: list[str]) -> Prediction:
+    """The fastest of all layouts of 16 GPUs with one of these attentions, enumerated here and predicted one by one."""
+    workload, found = WORKLOADS["decode"], []
+    for attention in attentions:
+        for pp, dp in ((1, 2), (2, 1)):
+            for micro_batch in (size for size in (1, 2, 4, 8, 16) if 16 // dp % size == 0):
+                layout = Layout.parse(f"{attention},pp={pp},dp={dp},mbs={micro_batch}")
+                with suppress(ValueError):  # the exchange does not carry it
+                    found.append(predict(model, layout, workload, load_hardware(MACHINE)))
+    return max(found, key=lambda one: one.tokens_per_s)
+
+
+def test_a_row_is_the_fastest_of_each_side_at_that_size() -> None:
     model = load_model("qwen2.5-3b")
     found = row(model, 16, 8, "decode", None)
-    search = Search(("batch", "sequence"), max_micro_batch=8, tensor_parallel=(8,))
-    plan = make_plan(model, 16, WORKLOADS["decode"], load_hardware(MACHINE), search)
+    stock = fastest(model, ["tp=8"])
+    grid = fastest(model, [f"grid={m}x{8 // m},exchange={x}" for m in (1, 2, 4) for x in ("batch", "sequence")])
     assert found.stock is not None and found.grid is not None
-    assert found.stock.layout == next(one.layout for one in plan.found if one.layout.grid is None)
-    assert found.grid.layout == next(one.layout for one in plan.found if one.layout.grid is not None)
-    assert f"{found.grid.tokens_per_s / found.stock.tokens_per_s:.2f}" in found.cells
-    assert found.cells.endswith(" -")  # no stock layout of any size was asked for
+    assert (found.stock.layout.tp, found.stock.layout.grid) == (8, None)
+    assert found.grid.layout.tp == 8 and found.grid.layout.grid is not None
+    assert found.stock.tokens_per_s == pytest.approx(stock.tokens_per_s)
+    assert found.grid.tokens_per_s == pytest.approx(grid.tokens_per_s)
+    name, h, g, gpus, tp, tokens, shape, exchange, grid_tokens, gain, waiting, any_stock = found.cells.split()
+    assert (name, h, g, gpus, tp, any_stock) == ("qwen2.5-3b", "16", "2", "16", "8", "-")
+    assert (shape, exchange) == (f"{grid.layout.m}x{grid.layout.n}", grid.layout.grid.exchange)
+    assert float(tokens.replace(",", "")) == pytest.approx(stock.tokens_per_s, abs=0.51)
+    assert float(grid_tokens.replace(",", "")) == pytest.approx(grid.tokens_per_s, abs=0.51)
+    assert float(gain) == pytest.approx(grid.tokens_per_s / stock.tokens_per_s, abs=0.0051)
+    assert float(waiting) == pytest.approx(grid.tpot / stock.tpot, abs=0.0051)
 
 
 def test_stock_cannot_split_28_heads_over_8_ranks() -> None:
