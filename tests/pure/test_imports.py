@@ -14,14 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hp_plugin"
+# A folder with a rule is an exchange; a further one has its places already.
+EXCHANGES = sorted(path.parent.name for path in (PACKAGE / "exchange").glob("*/rule.py"))
 
 # The house, from the bottom: rooms that stand on one floor, each a step above those before it in the list. A room is a
 # folder or a module; a longer name is a room of its own in the shorter one. Rooms of one step do not see each other.
 FLOORS: dict[int, list[tuple[str, ...]]] = {
     0: [
-        ("refusal", "grid", "exchange", "exchange.batch", "exchange.sequence", "exchange.scores", "exchange.local"),
+        ("refusal", "grid", "exchange", *(f"exchange.{name}" for name in EXCHANGES)),
         ("grid.ranks", "grid.ownership", "exchange.rule"),
-        ("exchange.batch.rule", "exchange.sequence.rule", "exchange.scores.rule", "exchange.local.rule"),
+        tuple(f"exchange.{name}.rule" for name in EXCHANGES),
         ("exchange.rules",),
         ("config",),
         ("planner.machine",),
@@ -35,7 +37,7 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
     2: [
         ("grid.groups", "cpu_backend", "exchange.masks"),
         ("exchange.strategy",),
-        ("exchange.batch.", "exchange.sequence.", "exchange.scores.", "exchange.local."),
+        tuple(f"exchange.{name}." for name in EXCHANGES),
         ("exchange.strategies", "checkpoint"),
     ],
     3: [("attention",)],
