@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import EXCHANGES, RULES, resolve
+from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, resolve
+from hp_plugin.grid.ranks import Grid
+
+WIDEST = "auto"
+"""What flags take in place of m,n for the widest head axis that a given TP size allows."""
 
 
 @dataclass(frozen=True)
@@ -20,27 +25,44 @@ class HeadDimConfig:
         n: size of the dim axis (slices of every head's dimension).
         exchange: `batch`, `sequence`, `scores`, `local` or `auto`.
 
+    `grid` is the arrangement of the ranks that m and n make.
+
     Raises:
         ValueError: m or n is not a positive integer, or the exchange does not exist.
     """
 
     m: int
     n: int
-    exchange: str = "auto"
+    exchange: str = AUTO
+    grid: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, size in (("m", self.m), ("n", self.n)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise ValueError(f"head-dim-parallel {name} must be an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"head-dim-parallel {name} must be at least 1, got {size}")
+        object.__setattr__(self, "grid", Grid(self.m, self.n))
         if self.exchange not in EXCHANGES:
             near = difflib.get_close_matches(str(self.exchange), EXCHANGES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown exchange {self.exchange!r}: choose from {', '.join(EXCHANGES)}{hint}")
 
     @classmethod
-    def parse(cls, text: str, exchange: str = "auto") -> HeadDimConfig:
+    def of(cls, head_dim: HeadDimConfig | str | Sequence[int]) -> HeadDimConfig:
+        """The configuration that a caller means by itself, by "m,n" or by a pair (m, n).
+
+        Raises:
+            ValueError: it is none of these, or names no grid.
+        """
+        if isinstance(head_dim, HeadDimConfig):
+            return head_dim
+        if isinstance(head_dim, str):
+            return cls.parse(head_dim)
+        if isinstance(head_dim, (tuple, list)) and len(head_dim) == 2:
+            return cls(*head_dim)
+        raise ValueError(
+            f'head_dim_parallel takes a HeadDimConfig, "m,n" or a pair (m, n), for example HeadDimConfig(4, 4); '
+            f"got {head_dim!r}"
+        )
+
+    @classmethod
+    def parse(cls, text: str, exchange: str = AUTO) -> HeadDimConfig:
         """Reads "m,n", as `--head-dim-parallel` takes it.
 
         Raises:
@@ -52,7 +74,7 @@ class HeadDimConfig:
         return cls(int(numbers[1]), int(numbers[2]), exchange)
 
     @classmethod
-    def widest(cls, tensor_parallel_size: int, query_groups: int, exchange: str = "auto") -> HeadDimConfig:
+    def widest(cls, tensor_parallel_size: int, query_groups: int, exchange: str = AUTO) -> HeadDimConfig:
         """The grid of this TP size with the widest head axis the model allows: m = gcd(TP, g)."""
         m = gcd(tensor_parallel_size, query_groups)
         return cls(m, tensor_parallel_size // m, exchange)
@@ -60,7 +82,12 @@ class HeadDimConfig:
     @property
     def size(self) -> int:
         """P = m · n, the tensor-parallel size."""
-        return self.m * self.n
+        return self.grid.size
+
+    @property
+    def flag(self) -> str:
+        """m and n as `--head-dim-parallel` takes them and checkpoints keep them: "m,n"."""
+        return f"{self.m},{self.n}"
 
     def with_exchange(self, exchange: str) -> HeadDimConfig:
         """The same grid under another exchange."""
@@ -74,7 +101,7 @@ class HeadDimConfig:
         """
         if given is not None and given != self.size:
             raise ValueError(
-                f"--tensor-model-parallel-size {given} contradicts --head-dim-parallel {self.m},{self.n}, "
+                f"--tensor-model-parallel-size {given} contradicts --head-dim-parallel {self.flag}, "
                 f"which sets it to m·n = {self.size}: give one of them, or equal sizes"
             )
 
@@ -88,7 +115,7 @@ class HeadDimConfig:
         if world_size % model:
             around = "".join(f" × {name}={size}" for name, size in (("PP", pipeline), ("CP", context)) if size > 1)
             raise ValueError(
-                f"world size {world_size} is not a multiple of {model} (head-dim-parallel {self.m},{self.n}"
+                f"world size {world_size} is not a multiple of {model} (head-dim-parallel {self.flag}"
                 f"{around}): start {model} ranks or a multiple, or choose a grid that divides {world_size}"
             )
 
@@ -112,6 +139,15 @@ class HeadDimConfig:
                 f"n could be {_listed(_divisors(d))}"
             )
 
+    def without_slices(self, h: int | None, g: int | None) -> str:
+        """The way out where slices are: a grid with n = 1, as far as h heads and g query groups allow it."""
+        if h is None or g is None:
+            return "use a grid with n=1"
+        fitting = _divisors(gcd(h, g))
+        if self.size in fitting:
+            return f"use n=1 (--head-dim-parallel {self.size},1)"
+        return f"use n=1, where m could be {_listed(fitting)}"
+
     def check_shape(self, shape: AttentionShape) -> str:
         """Checks everything a layer's shape can contradict; returns the exchange that will run.
 
@@ -119,14 +155,12 @@ class HeadDimConfig:
             ValueError: see `check_heads`, or the exchange cannot carry this micro-batch, sequence or rotary setting.
         """
         self.check_heads(shape.h, shape.g, shape.d)
-        if self.n == 1:
-            return "batch"  # one slice: nothing to exchange, every strategy is the identity
         return resolve(self.exchange, shape)
 
     @property
     def exact(self) -> bool:
         """Whether the grid computes the model's own attention (only `local` with n > 1 does not)."""
-        return self.n == 1 or self.exchange == "auto" or RULES[self.exchange].exact
+        return self.n == 1 or self.exchange == AUTO or RULES[self.exchange].exact
 
 
 def _divisors(number: int) -> list[int]:

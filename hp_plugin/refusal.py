@@ -29,14 +29,12 @@ class RefusedError(ValueError):
 
     Args:
         refusals: all reasons, which the message joins.
-        about: what was asked for, which the message begins with.
+        before, after: what the message begins and ends with: what was asked for, and a way out.
     """
 
-    def __init__(self, refusals: Iterable[Refusal], about: str = "") -> None:
-        self.refusals = tuple(refusals)
-        self.about = about
-        said = "; ".join(refusal.text for refusal in self.refusals)
-        super().__init__(f"{about}: {said}" if about else said)
+    def __init__(self, refusals: Iterable[Refusal], before: str = "", after: str = "") -> None:
+        self.refusals, self._around = tuple(refusals), (before, after)
+        super().__init__(before + "; ".join(refusal.text for refusal in self.refusals) + after)
 
-    def __reduce__(self) -> tuple[type, tuple[tuple[Refusal, ...], str]]:
-        return type(self), (self.refusals, self.about)  # errors cross from rank to rank by pickle
+    def __reduce__(self) -> tuple[type, tuple[tuple[Refusal, ...], str, str]]:
+        return type(self), (self.refusals, *self._around)  # errors cross from rank to rank by pickle

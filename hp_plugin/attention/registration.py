@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ _registered: _Registration | None = None
 _listeners: list[Callable[[], None]] = []
 
 
-def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) -> None:
+def initialize_head_dim_parallel(head_dim: HeadDimConfig | str | Sequence[int], **stock: Any) -> None:
     """`parallel_state.initialize_model_parallel` with TP = m · n, and the head and dim group of every TP group.
 
     Adds to `megatron.core.parallel_state`, until `destroy_model_parallel`: `get_head_parallel_group`, `..._rank`,
@@ -28,7 +28,7 @@ def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) ->
     attributes `head` and `dim`.
 
     Args:
-        head_dim: the grid, or "m,n".
+        head_dim: the grid, "m,n" or a pair.
         stock: whatever `initialize_model_parallel` takes beside `tensor_model_parallel_size` (given, it must be m · n).
 
     Raises:
@@ -39,9 +39,11 @@ def initialize_head_dim_parallel(head_dim: HeadDimConfig | str, **stock: Any) ->
     initialize_on_grid(parallel_state.initialize_model_parallel, head_dim, **stock)
 
 
-def initialize_on_grid(stock_initialize: Callable[..., None], head_dim: HeadDimConfig | str, **stock: Any) -> None:
+def initialize_on_grid(
+    stock_initialize: Callable[..., None], head_dim: HeadDimConfig | str | Sequence[int], **stock: Any
+) -> None:
     """`initialize_head_dim_parallel` with the stock initializer as an argument, for whoever replaced it by this."""
-    head_dim = HeadDimConfig.parse(head_dim) if isinstance(head_dim, str) else head_dim
+    head_dim = HeadDimConfig.of(head_dim)
     if not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group before initialize_head_dim_parallel")
     if parallel_state.model_parallel_is_initialized():
@@ -55,7 +57,7 @@ def initialize_on_grid(stock_initialize: Callable[..., None], head_dim: HeadDimC
     pipeline, context = bound.get("pipeline_model_parallel_size", 1), bound.get("context_parallel_size", 1)
     _check_same_on_all_ranks({"head_dim_parallel": head_dim, **stock})
     head_dim.check_world_size(dist.get_world_size(), pipeline, context)
-    grid = Grid(head_dim.m, head_dim.n)
+    grid = head_dim.grid
     tp_groups = tensor_parallel_groups(
         dist.get_world_size(), grid.size, pipeline, context, bound.get("order", DEFAULT_ORDER)
     )

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from hp_plugin.attention.core_attention import HeadDimCoreAttention
 from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
-from hp_plugin.attention.transformer_config import attention_shape, unsupported
+from hp_plugin.attention.transformer_config import attention_shape, check_supported
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import AUTO_ORDER
+from hp_plugin.exchange.rules import RULES, candidates, fitting, way_out
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import Exchange, QKVLayout, Turn
 from hp_plugin.grid.groups import HeadDimGroups
@@ -58,19 +58,17 @@ class HeadDimSelfAttention(SelfAttention):
     ) -> None:
         head_dim: HeadDimConfig = config.head_dim_parallel
         groups = HeadDimGroups.from_collection(pg_collection)
-        if (groups.grid.m, groups.grid.n) != (head_dim.m, head_dim.n):
+        if groups.grid != head_dim.grid:
             raise RuntimeError(
                 f"the model's grid is {head_dim.m} × {head_dim.n}, the initialized one {groups.grid.m} × "
                 f"{groups.grid.n}: initialize_head_dim_parallel and the config must name the same"
             )
-        refusals = unsupported(config, head_dim, head_dim.exchange)
-        if refusals:
-            raise ValueError(f"--head-dim-parallel {head_dim.m},{head_dim.n}: " + "; ".join(refusals))
+        check_supported(config, head_dim)
         h, g, d = config.num_attention_heads, config.num_query_groups, config.kv_channels
         head_dim.check_heads(h, g, d)
         gate = getattr(config, "attention_output_gate", False)
         layout = QKVLayout(g // head_dim.m, h // g, d // head_dim.n, gate)
-        exchanges = {name: STRATEGIES[name](groups, layout) for name in _candidates(head_dim)}
+        exchanges = {name: STRATEGIES[name](groups, layout) for name in candidates(head_dim.exchange, head_dim.n)}
         turn = Turn(next(iter(exchanges.values())))
         collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
         collection.tp = turn.exchange.stock_group
@@ -140,12 +138,12 @@ class HeadDimSelfAttention(SelfAttention):
             )
         if packed_seq_params is not None:
             raise ValueError(
-                "packed sequences cannot be split over the dim axis: use --head-dim-parallel with n=1, or pad"
+                "packed sequences cannot be split over the dim axis: "
+                f"{self.head_dim.without_slices(self.true_config.num_attention_heads, self.true_config.num_query_groups)}"
+                ", or pad"
             )
         angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
-        exchange = self._pick(hidden_states, angles[0], inference_context)
-        if attention_bias is not None and not exchange.rule.stock_core:
-            raise ValueError(f"exchange `{exchange.name}` cannot add an attention bias; --head-dim-exchange batch can")
+        exchange = self._pick(hidden_states, angles[0], attention_bias is not None, inference_context)
         stock, own = exchange.split_angles(angles, self.config)
         self._turn.begin(exchange, own, caching=inference_context is not None)
         return super().forward(
@@ -171,20 +169,19 @@ class HeadDimSelfAttention(SelfAttention):
         query, key = exchange.rotated(query, key, self._turn.take_angles(), self.config)
         return (query, key, qkv.value) if qkv.gate is None else (query, key, qkv.value, qkv.gate)
 
-    def _pick(self, hidden_states: Tensor, angles: Tensor | None, inference_context: Any) -> Exchange:
+    def _pick(self, hidden_states: Tensor, angles: Tensor | None, biased: bool, inference_context: Any) -> Exchange:
         """The exchange that carries this micro-batch."""
         s = hidden_states.shape[0] * (self.groups.grid.size if self.config.sequence_parallel else 1)
         rotary = 0 if angles is None else angles.shape[-1]
         shape = attention_shape(self.true_config, self.head_dim, hidden_states.shape[1], s, rotary)
+        if biased:
+            shape = replace(shape, stock_core_alone=(*shape.stock_core_alone, "add an attention bias"))
         exchange = self._exchanges[_resolved(self.head_dim, shape)]
-        if self.head_dim.exchange == "auto":
-            refusals = unsupported(self.true_config, self.head_dim, exchange.name)
-            if refusals:
-                raise ValueError(f"micro-batch of {shape.b} sequences of {s} tokens: " + "; ".join(refusals))
         if inference_context is not None and not (exchange.rule.caches and inference_context.is_static_batching()):
+            others = way_out([name for name in fitting(shape) if RULES[name].caches], " with static batching")
             raise ValueError(
-                f"inference with exchange `{exchange.name}` is not supported: use static batching with "
-                f"--head-dim-exchange batch and a batch size divisible by n = {self.head_dim.n}"
+                f"inference with exchange `{exchange.name}` is not supported for {shape.b} sequences of {s} tokens"
+                + (others or f": use static batching, with a batch size divisible by n = {self.head_dim.n}")
             )
         return exchange
 
@@ -192,13 +189,6 @@ class HeadDimSelfAttention(SelfAttention):
 @lru_cache(maxsize=64)
 def _resolved(head_dim: HeadDimConfig, shape: AttentionShape) -> str:
     return head_dim.check_shape(shape)
-
-
-def _candidates(head_dim: HeadDimConfig) -> tuple[str, ...]:
-    """The exchanges this layer may have to run; with one slice they all are the identity that `batch` then is."""
-    if head_dim.n == 1:
-        return ("batch",)
-    return AUTO_ORDER if head_dim.exchange == "auto" else (head_dim.exchange,)
 
 
 def _stock_collection() -> ProcessGroupCollection:

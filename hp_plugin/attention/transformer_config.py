@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.rules import AUTO, AUTO_ORDER, RULES, fitting, way_out
+from hp_plugin.refusal import Refusal, RefusedError
 
 
 @dataclass
@@ -18,7 +19,7 @@ class HeadDimTransformerConfig(TransformerConfig):
     """`TransformerConfig` whose attention runs on an m × n grid: m, not the TP size, divides heads and query groups.
 
     Args:
-        head_dim_parallel: the grid, or None for stock attention. Sets `tensor_model_parallel_size` to m · n.
+        head_dim_parallel: the grid (a `HeadDimConfig`, "m,n" or a pair), or None for stock attention. Sets `tensor_model_parallel_size` to m · n.
         micro_batch_size, seq_length: if given, the exchange is checked against them when the config is made.
 
     Raises:
@@ -33,15 +34,24 @@ class HeadDimTransformerConfig(TransformerConfig):
         if self.head_dim_parallel is None:
             super().__post_init__()
             return
-        grid = self.head_dim_parallel
+        head_dim = self.head_dim_parallel = HeadDimConfig.of(self.head_dim_parallel)
         if self.tensor_model_parallel_size == 1:
-            self.tensor_model_parallel_size = grid.size
-        post_init_on_grid(self, grid, super().__post_init__)
-        if grid.n > 1 and self.micro_batch_size is not None and self.seq_length is not None:
-            grid.check_shape(attention_shape(self, grid, self.micro_batch_size, self.seq_length))
+            self.tensor_model_parallel_size = head_dim.size
+        post_init_on_grid(self, head_dim, super().__post_init__, self._shape)
+        shape = self._shape()
+        if shape is not None:
+            head_dim.check_shape(shape)
+
+    def _shape(self) -> AttentionShape | None:
+        """A layer's shape, where micro-batch and sequence are given."""
+        if self.head_dim_parallel is None or self.micro_batch_size is None or self.seq_length is None:
+            return None
+        return attention_shape(self, self.head_dim_parallel, self.micro_batch_size, self.seq_length)
 
 
-def attention_shape(config: TransformerConfig, grid: HeadDimConfig, b: int, s: int, rotary: int = 0) -> AttentionShape:
+def attention_shape(
+    config: TransformerConfig, head_dim: HeadDimConfig, b: int, s: int, rotary: int = 0
+) -> AttentionShape:
     """The shape of one attention layer; b and s as the layer sees them, `rotary` rotated channels per head."""
     norm = None
     if config.qk_layernorm:
@@ -52,75 +62,113 @@ def attention_shape(config: TransformerConfig, grid: HeadDimConfig, b: int, s: i
         h=config.num_attention_heads,
         g=config.num_query_groups or config.num_attention_heads,
         d=config.kv_channels or config.hidden_size // config.num_attention_heads,
-        m=grid.m,
-        n=grid.n,
+        m=head_dim.m,
+        n=head_dim.n,
         gate=getattr(config, "attention_output_gate", False),
         rotary=rotary,
         rotary_interleaved=config.rotary_interleaved,
         qk_norm=norm,
+        stock_core_alone=stock_core_alone(config),
     )
 
 
-def post_init_on_grid(config: TransformerConfig, grid: HeadDimConfig, stock_post_init: Callable[[], None]) -> None:
+def post_init_on_grid(
+    config: TransformerConfig,
+    head_dim: HeadDimConfig,
+    stock_post_init: Callable[[], None],
+    shape: Callable[[], AttentionShape | None] = lambda: None,
+) -> None:
     """Runs Megatron-Core's own `__post_init__` for a model on a grid; true head counts stand before and after.
 
     Its only two checks that the grid replaces demand that the TP size divide heads and query groups; they see h · n
     heads and g · n groups, which m · n divides exactly when m divides h and g.
 
+    Args:
+        shape: gives a layer's shape afterwards, where micro-batch and sequence are known.
+
     Raises:
         ValueError: as `HeadDimConfig.check_heads`, a contradicting TP size, or an unsupported feature.
     """
-    grid.check_tensor_parallel_size(config.tensor_model_parallel_size)
+    head_dim.check_tensor_parallel_size(config.tensor_model_parallel_size)
     h = config.num_attention_heads
     g = config.num_query_groups or h
     config.kv_channels = config.kv_channels or config.hidden_size // h
-    grid.check_heads(h, g, config.kv_channels)
-    config.num_attention_heads, config.num_query_groups = h * grid.n, g * grid.n
+    head_dim.check_heads(h, g, config.kv_channels)
+    config.num_attention_heads, config.num_query_groups = h * head_dim.n, g * head_dim.n
     try:
         stock_post_init()
     finally:
         config.num_attention_heads, config.num_query_groups = h, g
-    refusals = unsupported(config, grid, grid.exchange)
-    if refusals:
-        raise ValueError(f"--head-dim-parallel {grid.m},{grid.n}: " + "; ".join(refusals))
+    check_supported(config, head_dim, shape())
 
 
-def unsupported(config: Any, grid: HeadDimConfig, exchange: str) -> list[str]:
-    """What this model asks for and the grid cannot do under this exchange, in words; empty if nothing.
+def check_supported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | None = None) -> None:
+    """Refuses a model that asks for what the grid cannot do; see `unsupported`.
 
-    `auto` is asked only for what no exchange can do: what it resolves to is asked again when it is known.
+    Raises:
+        RefusedError: names all of it.
     """
-    if grid.n == 1 and grid.m == 1:
+    refusals = unsupported(config, head_dim, shape)
+    if refusals:
+        raise RefusedError(refusals, f"--head-dim-parallel {head_dim.flag}: ")
+
+
+def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | None = None) -> list[Refusal]:
+    """What this model asks for and the grid cannot do under its exchange, whatever the micro-batch; empty if nothing.
+
+    `auto` is asked only for what no exchange can do: what it may choose depends on the shape of each micro-batch.
+
+    Args:
+        config: the model's configuration, or arguments under the same names.
+        shape: a layer's shape if it is known, so that exchanges are named as a way out only where they fit it.
+    """
+    if head_dim.size == 1:
         return []
-    said = []
+    refusals = []
     if getattr(config, "multi_latent_attention", False):
-        said.append("multi-latent attention (MLA) has no per-head slices: use --tensor-model-parallel-size alone")
+        said = "multi-latent attention (MLA) has no per-head slices: use --tensor-model-parallel-size alone"
+        refusals.append(Refusal("feature", said))
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
-        said.append(f"experimental attention variant {variant!r} is not attention over heads the grid can slice")
-    if grid.n == 1:
-        return said
+        said = f"experimental attention variant {variant!r} is not attention over heads the grid can slice"
+        refusals.append(Refusal("feature", said))
+    if head_dim.n == 1:
+        return refusals
+    whole = head_dim.without_slices(config.num_attention_heads, config.num_query_groups)
     if getattr(config, "softmax_type", "vanilla") == "learnable":
-        said.append(
-            "a learnable softmax offset would get the gradient of one rank's share only: use n=1 "
-            "or --softmax-type vanilla"
-        )
+        said = f"a learnable softmax offset would get the gradient of one rank's share only: {whole}"
+        refusals.append(Refusal("feature", f"{said}, or --softmax-type vanilla"))
     if getattr(config, "qk_clip", False):
-        said.append("QK-clip rescales weight rows by whole heads, which slices do not hold: use n=1")
+        said = f"QK-clip rescales weight rows by whole heads, which slices do not hold: {whole}"
+        refusals.append(Refusal("feature", said))
     if getattr(config, "log_max_attention_logit", False):
-        said.append("--log-max-attention-logit reads whole heads of the whole micro-batch: use n=1")
-    rule = RULES.get(exchange)  # None: `auto`
-    if rule is not None and not rule.exact and hasattr(config, "yarn_rotary_scaling_factor"):
-        said.append(f"`{exchange}` cannot place YaRN frequencies on slices: use an exact exchange")
-    if rule is None or rule.stock_core:
-        return said
-    for wanted, what in (
-        (getattr(config, "softmax_type", "vanilla") != "vanilla", "a softmax offset"),
-        (config.context_parallel_size > 1, f"context parallelism ({config.context_parallel_size})"),
-        (getattr(config, "flash_decode", False), "flash decoding"),
-        (getattr(config, "fused_single_qkv_rope", False), "--fused-single-qkv-rope"),
-        (getattr(config, "fine_grained_activation_offloading", False), "fine-grained activation offloading"),
-    ):
-        if wanted:
-            said.append(f"exchange `{exchange}` cannot do {what}; --head-dim-exchange batch can")
-    return said
+        said = f"--log-max-attention-logit reads whole heads of the whole micro-batch: {whole}"
+        refusals.append(Refusal("feature", said))
+    return [*refusals, *_unsupported_by_exchange(config, head_dim.exchange, shape)]
+
+
+def _unsupported_by_exchange(config: Any, exchange: str, shape: AttentionShape | None) -> Iterator[Refusal]:
+    if exchange == AUTO:
+        return
+    rule, alone = RULES[exchange], stock_core_alone(config)
+    if shape is None:
+        others = way_out([name for name in AUTO_ORDER if not alone or RULES[name].stock_core], " where it fits")
+    else:
+        others = way_out(fitting(shape))
+    if not rule.exact and hasattr(config, "yarn_rotary_scaling_factor"):
+        yield Refusal("feature", f"`{exchange}` cannot place YaRN frequencies on slices{others}")
+    if not rule.stock_core:
+        for what in alone:
+            yield Refusal("feature", f"exchange `{exchange}` cannot {what}{others}")
+
+
+def stock_core_alone(config: Any) -> tuple[str, ...]:
+    """What a model asks for that only stock's inner attention does, each as what the others cannot."""
+    wanted = (
+        (getattr(config, "softmax_type", "vanilla") != "vanilla", "do a softmax offset"),
+        (config.context_parallel_size > 1, f"do context parallelism ({config.context_parallel_size})"),
+        (getattr(config, "flash_decode", False), "do flash decoding"),
+        (getattr(config, "fused_single_qkv_rope", False), "do --fused-single-qkv-rope"),
+        (getattr(config, "fine_grained_activation_offloading", False), "do fine-grained activation offloading"),
+    )
+    return tuple(what for asked, what in wanted if asked)

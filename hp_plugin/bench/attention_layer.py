@@ -28,7 +28,7 @@ from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.rules import AUTO, RULES
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dim-parallel", default="2,4", help="m,n with m · n = the number of ranks")
-    parser.add_argument("--head-dim-exchange", default="auto")
+    parser.add_argument("--head-dim-exchange", default=AUTO)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)

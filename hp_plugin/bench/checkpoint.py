@@ -37,9 +37,9 @@ def main() -> None:
     args = _arguments()
     prepare_device()
     config = _config(args)
-    grid = config.head_dim
-    assert grid is not None
-    stock = replace(config, head_dim_parallel=None, tensor_model_parallel_size=grid.size)
+    head_dim = config.head_dim
+    assert head_dim is not None
+    stock = replace(config, head_dim_parallel=None, tensor_model_parallel_size=head_dim.size)
     models = {"stock": build_transformer_config(stock), "grid": build_transformer_config(config)}
     with running_ranks(config) as device:
         folder = Path(_from_rank_0(tempfile.mkdtemp(prefix="checkpoints-", dir=args.dir)))
@@ -128,10 +128,10 @@ def _from_rank_0(value: str) -> str:
 def _report(
     args: argparse.Namespace, config: TrainingConfig, times: dict[tuple[str, str], list[float]], size: int
 ) -> None:
-    grid = config.head_dim
-    assert grid is not None
-    slots = config.query_groups * slots_per_group(config.num_attention_heads, config.query_groups) // grid.m
-    piece = args.kv_channels // grid.n * args.hidden_size * 4
+    head_dim = config.head_dim
+    assert head_dim is not None
+    slots = config.query_groups * slots_per_group(config.num_attention_heads, config.query_groups) // head_dim.m
+    piece = args.kv_channels // head_dim.n * args.hidden_size * 4
     print(
         f"checkpoint of {size / 2**20:.0f} MiB, {dist.get_world_size()} ranks, {args.num_layers} layers, "
         f"D={args.hidden_size} h={args.num_attention_heads} d={args.kv_channels}, {args.rounds} interleaved rounds; "
@@ -145,7 +145,9 @@ def _report(
                 f"  {action} {name:5s} median {median[name] * 1e3:8.1f} ms   "
                 f"(min {min(values) * 1e3:.1f}, max {max(values) * 1e3:.1f})"
             )
-        print(f"  {action}: grid {grid.m}x{grid.n} takes {median['grid'] / median['stock']:.2f} times as long as stock")
+        print(
+            f"  {action}: grid {head_dim.m}x{head_dim.n} takes {median['grid'] / median['stock']:.2f} times as long as stock"
+        )
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.exchange.rules import AUTO
 
 OVERRIDE_FLAG = "--head-dim-allow-other-function"
 
 
 def record_head_dim(arguments: Any, head_dim: HeadDimConfig | None) -> None:
     """Sets `head_dim_parallel` ("m,n" or None) and `head_dim_exchange` on a namespace that checkpoints keep."""
-    arguments.head_dim_parallel = None if head_dim is None else f"{head_dim.m},{head_dim.n}"
+    arguments.head_dim_parallel = None if head_dim is None else head_dim.flag
     arguments.head_dim_exchange = None if head_dim is None else head_dim.exchange
 
 
@@ -21,10 +22,10 @@ def recorded_head_dim(arguments: Any) -> HeadDimConfig | None:
     Raises:
         ValueError: the record is not one this release understands.
     """
-    grid = getattr(arguments, "head_dim_parallel", None)
-    if grid is None:
+    recorded = getattr(arguments, "head_dim_parallel", None)
+    if recorded is None:
         return None
-    return HeadDimConfig.parse(grid, getattr(arguments, "head_dim_exchange", None) or "auto")
+    return HeadDimConfig.parse(recorded, getattr(arguments, "head_dim_exchange", None) or AUTO)
 
 
 def check_same_function(saved: HeadDimConfig | None, own: HeadDimConfig | None, override: bool = False) -> None:
@@ -73,4 +74,4 @@ def _slices(head_dim: HeadDimConfig | None) -> tuple[int, int] | None:
 def _described(head_dim: HeadDimConfig | None) -> str:
     if head_dim is None:
         return "no grid (stock attention)"
-    return f"--head-dim-parallel {head_dim.m},{head_dim.n} --head-dim-exchange {head_dim.exchange}"
+    return f"--head-dim-parallel {head_dim.flag} --head-dim-exchange {head_dim.exchange}"

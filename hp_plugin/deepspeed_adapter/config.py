@@ -47,7 +47,7 @@ def head_dim_option(settings: Mapping[str, Any]) -> HeadDimConfig | None:
     option = settings[KEY]
     if not isinstance(option, Mapping):
         raise ValueError(f"{KEY} must be an object with m and n, for example {_EXAMPLE}; got {option!r}")
-    known = [field.name for field in fields(HeadDimConfig)]
+    known = [field.name for field in fields(HeadDimConfig) if field.init]
     for key in option:
         if key not in known:
             raise ValueError(f"{KEY} has no option {key!r}{_hint(key, known)}; it knows {', '.join(known)}")

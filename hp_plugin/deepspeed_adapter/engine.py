@@ -48,15 +48,15 @@ def initialize_grid(config: Any, **stock: Any) -> HeadDimConfig | None:
         return None
     groups = registered_groups()
     if groups is not None:
-        if (groups.grid.m, groups.grid.n) != (head_dim.m, head_dim.n):
+        if groups.grid != head_dim.grid:
             raise ValueError(
-                f"the DeepSpeed configuration names the grid {head_dim.m},{head_dim.n}, but {groups.grid.m},"
+                f"the DeepSpeed configuration names the grid {head_dim.flag}, but {groups.grid.m},"
                 f"{groups.grid.n} is registered already: give both the same, or leave the registration to this call"
             )
         return head_dim
     if parallel_state.model_parallel_is_initialized():
         raise ValueError(
-            f"the DeepSpeed configuration names the grid {head_dim.m},{head_dim.n}, but model parallelism was already "
+            f"the DeepSpeed configuration names the grid {head_dim.flag}, but model parallelism was already "
             f"initialized without one (TP = {parallel_state.get_tensor_model_parallel_world_size()}): leave "
             "initialize_model_parallel out, or call hp_plugin.initialize_head_dim_parallel in its place"
         )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hp_plugin.refusal import Refusal
+
 
 @dataclass(frozen=True)
 class AttentionShape:
     """One attention layer on an m × n grid, in DESIGN's letters; `s` counts the whole sequence.
 
-    `rotary` is the number of rotated channels per head (0: no rotary embedding).
+    Args:
+        rotary: rotated channels per head (0: no rotary embedding).
+        stock_core_alone: what is asked for that only stock's inner attention does, each after "cannot": "do flash
+            decoding".
     """
 
     s: int
@@ -24,6 +29,7 @@ class AttentionShape:
     rotary: int = 0
     rotary_interleaved: bool = False
     qk_norm: str | None = None
+    stock_core_alone: tuple[str, ...] = ()
 
     @property
     def query_slots(self) -> int:
@@ -50,6 +56,13 @@ class ExchangeRule:
     def missing(self, shape: AttentionShape) -> str | None:
         """Says why this exchange cannot carry `shape`, or None."""
         return None
+
+    def refusal(self, shape: AttentionShape) -> Refusal | None:
+        """Why this exchange cannot carry `shape` and what is asked for beside it, or None."""
+        if shape.stock_core_alone and not self.stock_core:
+            return Refusal("feature", f"`{self.name}` cannot {' or '.join(shape.stock_core_alone)}")
+        missing = self.missing(shape)
+        return None if missing is None else Refusal("shape", f"`{self.name}` {missing}")
 
     def elements(self, shape: AttentionShape) -> int:
         """Elements one rank receives from its dim group in one layer's forward pass."""

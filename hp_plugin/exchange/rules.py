@@ -7,22 +7,48 @@ from hp_plugin.exchange.local.rule import LocalRule
 from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
 from hp_plugin.exchange.scores.rule import ScoresRule
 from hp_plugin.exchange.sequence.rule import SequenceRule
+from hp_plugin.refusal import RefusedError
 
 RULES: dict[str, ExchangeRule] = {rule.name: rule for rule in (BatchRule(), SequenceRule(), ScoresRule(), LocalRule())}
+AUTO = "auto"
+"""The choice that is left to each micro-batch's shape."""
 AUTO_ORDER = ("batch", "sequence", "scores")
 """What `auto` tries, cheapest first."""
+IDENTITY = "batch"
+"""What runs where there is one slice: nothing is exchanged then, whatever the name."""
 
-EXCHANGES = (*RULES, "auto")
+EXCHANGES = (*RULES, AUTO)
+
+
+def candidates(exchange: str, n: int) -> tuple[str, ...]:
+    """The exchanges that a layer with n slices may have to run under this choice."""
+    if n == 1:
+        return (IDENTITY,)
+    return AUTO_ORDER if exchange == AUTO else (exchange,)
 
 
 def resolve(exchange: str, shape: AttentionShape) -> str:
-    """The exchange that `exchange` stands for at this shape; raises ValueError if it cannot carry it."""
-    candidates = AUTO_ORDER if exchange == "auto" else (exchange,)
-    reasons = {name: RULES[name].missing(shape) for name in candidates}
-    for name, reason in reasons.items():
-        if reason is None:
+    """The exchange that `exchange` stands for at this shape.
+
+    Raises:
+        RefusedError: none that it stands for can carry the shape; says why, and which exact ones can.
+    """
+    if shape.n == 1:
+        return IDENTITY
+    refusals = []
+    for name in candidates(exchange, shape.n):
+        refusal = RULES[name].refusal(shape)
+        if refusal is None:
             return name
-    fitting = [name for name in AUTO_ORDER if RULES[name].missing(shape) is None]
-    way_out = f"; --head-dim-exchange {' or '.join(fitting)} can" if fitting else ""
-    said = "; ".join(f"`{name}` {reason}" for name, reason in reasons.items())
-    raise ValueError(f"exchange {said}{way_out}")
+        refusals.append(refusal)
+    raise RefusedError(refusals, "exchange ", way_out(fitting(shape)))
+
+
+def fitting(shape: AttentionShape) -> list[str]:
+    """The exact exchanges that can carry this shape, cheapest first."""
+    return [name for name in AUTO_ORDER if RULES[name].refusal(shape) is None]
+
+
+def way_out(names: list[str], condition: str = "") -> str:
+    """Names of exchanges that were found fit, as the end of a refusal; empty if there are none."""
+    return f"; --head-dim-exchange {' or '.join(names)} can{condition}" if names else ""

@@ -11,10 +11,21 @@ DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 
 @dataclass(frozen=True)
 class Grid:
-    """The m × n arrangement of one tensor-parallel group: TP rank r = i·n + j has coordinates (i, j)."""
+    """The m × n arrangement of one tensor-parallel group: TP rank r = i·n + j has coordinates (i, j).
+
+    Raises:
+        ValueError: m or n is not a positive integer.
+    """
 
     m: int
     n: int
+
+    def __post_init__(self) -> None:
+        for name, size in (("m", self.m), ("n", self.n)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise ValueError(f"head-dim-parallel {name} must be an integer, got {size!r}")
+            if size < 1:
+                raise ValueError(f"head-dim-parallel {name} must be at least 1, got {size}")
 
     @property
     def size(self) -> int:

@@ -14,10 +14,10 @@ from hp_plugin.megatron_lm.releases import check_parameters
 
 
 class ArgumentHooks:
-    """`add_megatron_arguments` and `validate_args` with our flags; `grid` is None until a grid has been read."""
+    """`add_megatron_arguments` and `validate_args` with our flags; `head_dim` is None until a grid has been read."""
 
     def __init__(self, arguments: ModuleType, argv: Sequence[str]) -> None:
-        self.grid: HeadDimConfig | None = None
+        self.head_dim: HeadDimConfig | None = None
         self._arguments = arguments
         self._argv = list(argv)
         self._add: Callable[..., argparse.ArgumentParser] = arguments.add_megatron_arguments
@@ -51,7 +51,7 @@ class ArgumentHooks:
     def validate(self, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         """`validate_args` after our own checks; what these refuse ends the program as a parser's error does."""
         try:
-            self.grid = flags.settle(args, self._argv)
+            self.head_dim = flags.settle(args, self._argv)
         except ValueError as mistake:
             if args.rank == 0:
                 print(f"{sys.argv[0]}: error: {mistake}", file=sys.stderr, flush=True)

@@ -22,11 +22,11 @@ _STRICT = {StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED,
 
 
 class CheckpointHooks:
-    """Compares what a checkpoint says and holds with the grid that `grid()` returns; nothing while that is None."""
+    """Compares what a checkpoint says and holds with the grid that `head_dim()` returns; nothing while that is None."""
 
-    def __init__(self, checkpointing: ModuleType, grid: Callable[[], HeadDimConfig | None]) -> None:
+    def __init__(self, checkpointing: ModuleType, head_dim: Callable[[], HeadDimConfig | None]) -> None:
         self._checkpointing = checkpointing
-        self._grid = grid
+        self._head_dim = head_dim
         self._read: Callable[..., Any] = checkpointing._load_base_checkpoint
         self._load: Callable[..., Any] = dist_checkpointing.load
 
@@ -48,13 +48,13 @@ class CheckpointHooks:
             ValueError: see `check_same_function`; for the format `torch`, also `check_same_layout`.
         """
         result = self._read(load_dir, args, *rest, **kwargs)
-        state, kind, grid = result[0], result[3], self._grid()
+        state, kind, head_dim = result[0], result[3], self._head_dim()
         # Read for its arguments alone (--use-checkpoint-args), the checkpoint comes before the grid is known.
-        if grid is not None and state and state.get("args") is not None:
+        if head_dim is not None and state and state.get("args") is not None:
             saved = recorded_head_dim(state["args"])
-            check_same_function(saved, grid, getattr(args, "head_dim_allow_other_function", False))
+            check_same_function(saved, head_dim, getattr(args, "head_dim_allow_other_function", False))
             if getattr(kind, "name", None) == "LEGACY":
-                check_same_layout("--ckpt-format torch", saved, grid)
+                check_same_layout("--ckpt-format torch", saved, head_dim)
         return result
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ class CheckpointHooks:
         """
         call = inspect.signature(self._load).bind(*args, **kwargs)
         call.apply_defaults()
-        if self._grid() is not None:
+        if self._head_dim() is not None:
             check_files(call.arguments["checkpoint_dir"])
             if StrictHandling(call.arguments["strict"]) in _STRICT:
                 check_tensors(call.arguments["sharded_state_dict"], call.arguments["checkpoint_dir"])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hp_plugin.attention.transformer_config import attention_shape, unsupported
 from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, record_head_dim
-from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rules import EXCHANGES
+from hp_plugin.config import WIDEST, HeadDimConfig
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import AUTO, EXCHANGES
+from hp_plugin.refusal import Refusal, RefusedError
 
 GRID_FLAG, EXCHANGE_FLAG, TP_FLAG = "--head-dim-parallel", "--head-dim-exchange", "--tensor-model-parallel-size"
-AUTO = "auto"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="M,N",
         default=argparse.SUPPRESS,
         help="Run attention on M groups of heads times N slices of the head dimension; sets "
-        f"{TP_FLAG} to M·N. '{AUTO}' picks the widest head axis, M = gcd(TP, query groups), for a given {TP_FLAG}.",
+        f"{TP_FLAG} to M·N. '{WIDEST}' picks the widest head axis, M = gcd(TP, query groups), for a given {TP_FLAG}.",
     )
     group.add_argument(
         EXCHANGE_FLAG,
@@ -65,35 +66,37 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
     given = args.tensor_model_parallel_size
     if given == 1 and not any(word.split("=")[0] == TP_FLAG for word in argv):
         given = None
-    grid = _grid(args, text.strip(), exchange or AUTO, given)
-    grid.check_tensor_parallel_size(given)
+    head_dim = _read(args, text.strip(), exchange or AUTO, given)
+    head_dim.check_tensor_parallel_size(given)
     # Not known, or not yet a namespace of their own, before Megatron-LM's own validation.
     view = _model_view(args)
-    refusals = [*_refusals(args, grid), *unsupported(view, grid, grid.exchange)]
+    shape = _shape(args, view, head_dim)
+    refusals = [*_refusals(args, view, head_dim), *unsupported(view, head_dim, shape)]
     if refusals:
-        raise ValueError(f"{GRID_FLAG} {grid.m},{grid.n}: " + "; ".join(refusals))
-    grid.check_world_size(args.world_size, args.pipeline_model_parallel_size, args.context_parallel_size)
-    _check_attention(args, view, grid)
-    args.tensor_model_parallel_size = grid.size
-    record_head_dim(args, grid)
-    return grid
+        raise RefusedError(refusals, f"{GRID_FLAG} {head_dim.flag}: ")
+    head_dim.check_world_size(args.world_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    if _heads_known(args, view):
+        head_dim.check_heads(args.num_attention_heads, view.num_query_groups, view.kv_channels)
+    if shape is not None:
+        head_dim.check_shape(shape)
+    args.tensor_model_parallel_size = head_dim.size
+    record_head_dim(args, head_dim)
+    return head_dim
 
 
-def _grid(args: argparse.Namespace, text: str, exchange: str, tensor_parallel_size: int | None) -> HeadDimConfig:
-    if text != AUTO:
+def _read(args: argparse.Namespace, text: str, exchange: str, tensor_parallel_size: int | None) -> HeadDimConfig:
+    if text != WIDEST:
         return HeadDimConfig.parse(text, exchange)
     if tensor_parallel_size is None:
-        raise ValueError(f"{GRID_FLAG} {AUTO} divides a given TP size into m·n: give {TP_FLAG} too, or m,n instead")
-    groups = _query_groups(args)
-    if groups is None:
-        raise ValueError(f"{GRID_FLAG} {AUTO} needs to know the number of heads: give --num-attention-heads, or m,n")
-    grid = HeadDimConfig.widest(tensor_parallel_size, groups, exchange)
+        raise ValueError(f"{GRID_FLAG} {WIDEST} divides a given TP size into m·n: give {TP_FLAG} too, or m,n instead")
+    kv_groups = _query_groups(args)
+    if kv_groups is None:
+        raise ValueError(f"{GRID_FLAG} {WIDEST} needs to know the number of heads: give --num-attention-heads, or m,n")
+    head_dim = HeadDimConfig.widest(tensor_parallel_size, kv_groups, exchange)
     if args.rank == 0:
-        print(
-            f"{GRID_FLAG} {AUTO}: {grid.m},{grid.n} (m = gcd(TP {tensor_parallel_size}, query groups {groups}))",
-            flush=True,
-        )
-    return grid
+        said = f"m = gcd(TP {tensor_parallel_size}, query groups {kv_groups})"
+        print(f"{GRID_FLAG} {WIDEST}: {head_dim.flag} ({said})", flush=True)
+    return head_dim
 
 
 def _query_groups(args: argparse.Namespace) -> int | None:
@@ -109,45 +112,40 @@ def _model_view(args: argparse.Namespace) -> argparse.Namespace:
     return view
 
 
-def _check_attention(args: argparse.Namespace, view: argparse.Namespace, grid: HeadDimConfig) -> None:
-    """Heads and exchange against the model's shape, as far as the command line alone gives it."""
-    h, g, d = args.num_attention_heads, view.num_query_groups, view.kv_channels
+def _heads_known(args: argparse.Namespace, view: argparse.Namespace) -> bool:
+    """Whether the command line alone gives the model's heads."""
     # Heterogeneous models name them per layer, in a file; Megatron-LM itself misses them elsewhere.
-    if None in (h, g, d) or getattr(args, "heterogeneous_layers_config_path", None):
-        return
-    grid.check_heads(h, g, d)
+    known = None not in (args.num_attention_heads, view.num_query_groups, view.kv_channels)
+    return known and not getattr(args, "heterogeneous_layers_config_path", None)
+
+
+def _shape(args: argparse.Namespace, view: argparse.Namespace, head_dim: HeadDimConfig) -> AttentionShape | None:
+    """The shape of an attention layer, as far as the command line alone gives it."""
     b, s = args.micro_batch_size, args.seq_length
-    if None in (b, s) or grid.n == 1:
-        return
+    if None in (b, s) or not _heads_known(args, view):
+        return None
     rotary = 0
     if args.position_embedding_type != "learned_absolute" or args.use_rotary_position_embeddings:
-        rotary = 0 if args.position_embedding_type == "none" else int(d * args.rotary_percent)
-    shape = attention_shape(view, grid, b, s // args.context_parallel_size, rotary)
-    exchange = grid.check_shape(shape)
-    refusals = unsupported(view, grid, exchange)
-    if refusals:
-        raise ValueError(
-            f"{GRID_FLAG} {grid.m},{grid.n} with --micro-batch-size {b} and --seq-length {s} needs exchange "
-            f"`{exchange}`: " + "; ".join(refusals)
-        )
+        rotary = 0 if args.position_embedding_type == "none" else int(view.kv_channels * args.rotary_percent)
+    return attention_shape(view, head_dim, b, s // args.context_parallel_size, rotary)
 
 
-def _refusals(args: argparse.Namespace, grid: HeadDimConfig) -> list[str]:
+def _refusals(args: argparse.Namespace, view: argparse.Namespace, head_dim: HeadDimConfig) -> Iterator[Refusal]:
     """What Megatron-LM's own arguments ask for and the grid cannot do, beside what the model's configuration shows."""
-    said = []
     if getattr(args, "use_legacy_models", False):
-        said.append("--use-legacy-models builds layers that take no spec: leave it out")
+        yield Refusal("feature", "--use-legacy-models builds layers that take no spec: leave it out")
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        said.append(
+        yield Refusal(
+            "installation",
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which is not installed: "
-            "install it, or give --transformer-impl local"
+            "install it, or give --transformer-impl local",
         )
-    if grid.n == 1:
-        return said
+    if head_dim.n == 1:
+        return
+    way_out = head_dim.without_slices(args.num_attention_heads, view.num_query_groups)
     for flag, set_ in _whole_heads(args):
         if set_:
-            said.append(f"{flag}: use a grid with n=1")
-    return said
+            yield Refusal("feature", f"{flag}: {way_out}")
 
 
 def _whole_heads(args: argparse.Namespace) -> list[tuple[str, Any]]:

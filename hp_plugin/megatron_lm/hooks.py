@@ -32,7 +32,7 @@ def install(argv: Sequence[str] | None = None) -> None:
     if ArgumentHooks.installed_in(arguments):
         return
     in_arguments = ArgumentHooks(arguments, argv)
-    others = [ModelHooks(lambda: in_arguments.grid), CheckpointHooks(checkpointing, lambda: in_arguments.grid)]
+    others = [ModelHooks(lambda: in_arguments.head_dim), CheckpointHooks(checkpointing, lambda: in_arguments.head_dim)]
     for hooks in (in_arguments, *others):
         hooks.check()
     for hooks in (in_arguments, *others):

@@ -29,10 +29,10 @@ _MODEL = ("self", "config", "transformer_layer_spec", "mtp_block_spec", "vp_stag
 
 
 class ModelHooks:
-    """Groups, configuration and layer specs on the grid that `grid()` returns; stock behaviour while that is None."""
+    """Groups, configuration and layer specs on the grid that `head_dim()` returns; stock behaviour while that is None."""
 
-    def __init__(self, grid: Callable[[], HeadDimConfig | None]) -> None:
-        self._grid = grid
+    def __init__(self, head_dim: Callable[[], HeadDimConfig | None]) -> None:
+        self._head_dim = head_dim
         # owner, name, parameters that the replacement relies on, replacement of the original
         self._hooks: list[tuple[Any, str, tuple[str, ...], Callable[..., Callable[..., Any]]]] = [
             (parallel_state, "initialize_model_parallel", _GROUPS, self._initialize),
@@ -58,24 +58,24 @@ class ModelHooks:
 
         @wraps(original)
         def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
-            grid = self._grid()
-            if grid is None:
+            head_dim = self._head_dim()
+            if head_dim is None:
                 return original(*args, **kwargs)
-            return initialize_on_grid(original, grid, **signature.bind(*args, **kwargs).arguments)
+            return initialize_on_grid(original, head_dim, **signature.bind(*args, **kwargs).arguments)
 
         return initialize_model_parallel
 
     def _post_init(self, original: Callable[..., None]) -> Callable[..., None]:
         @wraps(original)
         def __post_init__(config: TransformerConfig) -> None:
-            grid = self._grid()
+            head_dim = self._head_dim()
             # A configuration of another TP size (a second model's, a default one) is not this grid's.
-            ours = grid is not None and config.tensor_model_parallel_size == grid.size
+            ours = head_dim is not None and config.tensor_model_parallel_size == head_dim.size
             if not ours or isinstance(config, HeadDimTransformerConfig):
                 return original(config)
             # Set by every construction, so `dataclasses.replace` keeps it although it is no field.
-            config.head_dim_parallel = grid
-            return post_init_on_grid(config, grid, lambda: original(config))
+            config.head_dim_parallel = head_dim
+            return post_init_on_grid(config, head_dim, lambda: original(config))
 
         return __post_init__
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rules import EXCHANGES
+from hp_plugin.config import WIDEST, HeadDimConfig
+from hp_plugin.exchange.rules import AUTO, EXCHANGES
 
 BYTE_VOCABULARY = 256
 
@@ -128,7 +128,7 @@ class DistributedOptions:
     head_dim_parallel: str | None = _opt(
         None, "attention grid m,n: m head groups × n slices of every head; auto = widest m for the given TP size"
     )
-    head_dim_exchange: str = _opt("auto", "what the n ranks of a dim group exchange", tuple(EXCHANGES))
+    head_dim_exchange: str = _opt(AUTO, "what the n ranks of a dim group exchange", tuple(EXCHANGES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,19 +241,19 @@ class TrainingConfig(
         if self.head_dim_parallel is None:
             return None
         given = self.tensor_model_parallel_size
-        if self.head_dim_parallel == "auto":
+        if self.head_dim_parallel == WIDEST:
             if given is None:
                 raise ValueError("--head-dim-parallel auto needs --tensor-model-parallel-size, whose m·n it picks")
             return HeadDimConfig.widest(given, self.query_groups, self.head_dim_exchange)
-        grid = HeadDimConfig.parse(self.head_dim_parallel, self.head_dim_exchange)
-        grid.check_tensor_parallel_size(given)
-        return grid
+        head_dim = HeadDimConfig.parse(self.head_dim_parallel, self.head_dim_exchange)
+        head_dim.check_tensor_parallel_size(given)
+        return head_dim
 
     @property
     def tensor_parallel(self) -> int:
         """Tensor-parallel ranks P."""
-        grid = self.head_dim
-        return grid.size if grid is not None else self.tensor_model_parallel_size or 1
+        head_dim = self.head_dim
+        return head_dim.size if head_dim is not None else self.tensor_model_parallel_size or 1
 
     @property
     def model_parallel(self) -> int:

@@ -7,8 +7,8 @@ from hp_plugin.refusal import Refusal, RefusedError
 
 def test_a_refused_request_says_all_reasons_and_keeps_them_as_values() -> None:
     reasons = [Refusal("memory", "needs 3 bytes more", 3.0), Refusal("heads", "7 heads do not divide over 2")]
-    error = RefusedError(iter(reasons), "tp=2")
-    assert str(error) == "tp=2: needs 3 bytes more; 7 heads do not divide over 2"
+    error = RefusedError(iter(reasons), "tp=2: ", "; tp=1 can")
+    assert str(error) == "tp=2: needs 3 bytes more; 7 heads do not divide over 2; tp=1 can"
     assert str(RefusedError(reasons[1:])) == "7 heads do not divide over 2"
     for again in (error, pickle.loads(pickle.dumps(error))):
         assert again.refusals == tuple(reasons) and str(again) == str(error)

@@ -96,7 +96,7 @@ def _options(model: CatalogueModel, layout: Layout) -> dict[str, Any]:
             options |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     if layout.grid is not None:
         options |= {
-            "head_dim_parallel": f"{layout.grid.m},{layout.grid.n}",
+            "head_dim_parallel": layout.grid.flag,
             "head_dim_exchange": layout.grid.exchange,
         }
     if options.get("num_experts") is not None:

@@ -187,6 +187,6 @@ class Checkpoints:
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
             "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
             "context_parallel_size": config.context_parallel_size,
-            "head_dim_parallel": None if config.head_dim is None else f"{config.head_dim.m},{config.head_dim.n}",
+            "head_dim_parallel": None if config.head_dim is None else config.head_dim.flag,
         }
         return all(getattr(saved, name, None) == own[name] for name in _LAYOUT)
