@@ -110,7 +110,7 @@ def head_dim_layer(layer: type, base: type) -> type:
     return type(f"HeadDim{base.__name__}", (layer, base), {"__doc__": layer.__doc__, "__module__": __name__})
 
 
-def head_dim_spec(layer: type, stock: Any, **params: Any) -> ModuleSpec:
+def submodule_spec(layer: type, stock: Any, **params: Any) -> ModuleSpec:
     """A spec that builds `layer` over the class that the stock submodule spec names, with these parameters."""
     base = get_module(stock)
     own = dict(stock.params) if isinstance(stock, ModuleSpec) else {}

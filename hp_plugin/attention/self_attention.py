@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hp_plugin.attention.core_attention import HeadDimCoreAttention
-from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, head_dim_spec
+from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, submodule_spec
 from hp_plugin.attention.transformer_config import attention_shape, check_supported
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
@@ -77,17 +77,17 @@ class HeadDimSelfAttention(SelfAttention):
             config,
             replace(
                 submodules,
-                linear_qkv=head_dim_spec(
+                linear_qkv=submodule_spec(
                     HeadDimColumnParallelLinear,
                     submodules.linear_qkv,
                     groups=groups,
                     axis=qkv_rows(h, g, d, head_dim.m, head_dim.n, gate),
                     turn=turn,
                 ),
-                core_attention=head_dim_spec(
+                core_attention=submodule_spec(
                     HeadDimCoreAttention, submodules.core_attention, exchanges=exchanges.values(), turn=turn
                 ),
-                linear_proj=head_dim_spec(
+                linear_proj=submodule_spec(
                     HeadDimRowParallelLinear,
                     submodules.linear_proj,
                     groups=groups,
@@ -137,10 +137,9 @@ class HeadDimSelfAttention(SelfAttention):
                 **kwargs,
             )
         if packed_seq_params is not None:
+            h, g = self.true_config.num_attention_heads, self.true_config.num_query_groups
             raise ValueError(
-                "packed sequences cannot be split over the dim axis: "
-                f"{self.head_dim.without_slices(self.true_config.num_attention_heads, self.true_config.num_query_groups)}"
-                ", or pad"
+                f"packed sequences cannot be split over the dim axis: {self.head_dim.without_slices(h, g)}, or pad"
             )
         angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
         exchange = self._pick(hidden_states, angles[0], attention_bias is not None, inference_context)

@@ -19,7 +19,8 @@ class HeadDimTransformerConfig(TransformerConfig):
     """`TransformerConfig` whose attention runs on an m × n grid: m, not the TP size, divides heads and query groups.
 
     Args:
-        head_dim_parallel: the grid (a `HeadDimConfig`, "m,n" or a pair), or None for stock attention. Sets `tensor_model_parallel_size` to m · n.
+        head_dim_parallel: the grid (a `HeadDimConfig`, "m,n" or a pair), or None for stock attention. Sets
+            `tensor_model_parallel_size` to m · n.
         micro_batch_size, seq_length: if given, the exchange is checked against them when the config is made.
 
     Raises:

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="One attention layer, grid against stock on the same ranks.")
     parser.add_argument("--head-dim-parallel", default="2,4", help="m,n with m · n = the number of ranks")
     parser.add_argument("--head-dim-exchange", default=AUTO)
     parser.add_argument("--seq-length", type=int, default=256)

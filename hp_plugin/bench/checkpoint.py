@@ -66,7 +66,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Saving and loading a checkpoint on a grid, against stock at the same TP size on the same ranks."
+    )
     parser.add_argument("--head-dim-parallel", default="2,2", help="m,n with m · n = the number of ranks")
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=512)
@@ -146,7 +148,8 @@ def _report(
                 f"(min {min(values) * 1e3:.1f}, max {max(values) * 1e3:.1f})"
             )
         print(
-            f"  {action}: grid {head_dim.m}x{head_dim.n} takes {median['grid'] / median['stock']:.2f} times as long as stock"
+            f"  {action}: grid {head_dim.m}x{head_dim.n} takes "
+            f"{median['grid'] / median['stock']:.2f} times as long as stock"
         )
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from hp_plugin.compare.entries.catalogue import MODELS, CatalogueModel, load_model
+from hp_plugin.compare.entries.catalogue import MODELS, CatalogueModel, catalogue_model
 from hp_plugin.compare.entries.entrant import Entrant, NotPossibleError, enter, smallest_world
 from hp_plugin.compare.entries.suites import MODES, SUITES, Comparison
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.report.figure import draw
 from hp_plugin.compare.report.readme import check_page, load_reports, put_into
 from hp_plugin.compare.report.table import show
-from hp_plugin.compare.start import RankFailedError, start
+from hp_plugin.compare.start import RankFailedError, run_on_ranks
 
 _WRITTEN = ("report.json", "report.md", "report.png", "machine.json")
 
@@ -65,7 +65,7 @@ def _comparisons(args: argparse.Namespace) -> tuple[Comparison, ...]:
 
 
 def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
-    model = load_model(comparison.model)
+    model = catalogue_model(comparison.model)
     if args.global_batch is not None:
         model = replace(model, batch=args.global_batch)
     texts = list(comparison.layouts)
@@ -98,7 +98,7 @@ def _run(job: Job, ranks: int) -> bool:
         (job.out / name).unlink(missing_ok=True)
     failure = None
     try:
-        start(job, ranks)
+        run_on_ranks(job, ranks)
     except RankFailedError as failed:
         failure = str(failed)
     finally:

@@ -16,8 +16,8 @@ from hp_plugin import __version__
 from hp_plugin.compare.entries.entrant import Entrant
 from hp_plugin.compare.ranks.together import cpu_cores
 from hp_plugin.compare.report.closed_form import closed_form_bytes
-from hp_plugin.compare.report.markdown import markdown
-from hp_plugin.compare.report.predicted import predicted
+from hp_plugin.compare.report.markdown import markdown_report
+from hp_plugin.compare.report.predicted import predicted_rates
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.json_file import package_json
 
@@ -88,7 +88,7 @@ class Results:
             "closed_form_bytes_per_token": {
                 "/".join(key): size / tokens for key, size in sorted(closed_form_bytes(entrant, mode).items())
             },
-            "predicted": None if self.hardware is None else predicted(entrant, mode, self.hardware),
+            "predicted": None if self.hardware is None else predicted_rates(entrant, mode, self.hardware),
             "peak_bytes": max((s["peak_bytes"] for s in samples if s["peak_bytes"] is not None), default=None),
             "samples": samples,
         }
@@ -103,7 +103,7 @@ def spread(samples: list[Sample], value: Callable[[Sample], float]) -> dict[str,
 def write_report(results: Results, complete: bool) -> None:
     """Writes report.json and report.md into the job's directory, each of them whole or not at all."""
     report = results.report(complete)
-    for name, text in (("report.json", json.dumps(report, indent=1)), ("report.md", markdown(report))):
+    for name, text in (("report.json", json.dumps(report, indent=1)), ("report.md", markdown_report(report))):
         path = Path(results.job.out, name)
         path.with_suffix(".new").write_text(text + "\n", encoding="utf-8")
         path.with_suffix(".new").replace(path)

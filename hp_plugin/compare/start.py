@@ -17,7 +17,7 @@ class RankFailedError(Exception):
     """A rank raised or died; all others have been ended."""
 
 
-def start(job: Job, ranks: int) -> None:
+def run_on_ranks(job: Job, ranks: int) -> None:
     """Runs a job on `ranks` processes of torch's elastic launcher, which meet on a free port of this machine.
 
     Raises:

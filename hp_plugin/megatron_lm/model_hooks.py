@@ -29,7 +29,7 @@ _MODEL = ("self", "config", "transformer_layer_spec", "mtp_block_spec", "vp_stag
 
 
 class ModelHooks:
-    """Groups, configuration and layer specs on the grid that `head_dim()` returns; stock behaviour while that is None."""
+    """Groups, configuration and layer specs on the grid that `head_dim()` returns; stock behaviour for None."""
 
     def __init__(self, head_dim: Callable[[], HeadDimConfig | None]) -> None:
         self._head_dim = head_dim

@@ -19,8 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Pretrain a GPT with Megatron-Core, stock or on a head × dimension grid.",
         allow_abbrev=False,
     )
-    for group in GROUPS:
-        section = parser.add_argument_group(str(group.__doc__))
+    for title, group in GROUPS.items():
+        section = parser.add_argument_group(title)
         for option in fields(group):
             section.add_argument("--" + option.name.replace("_", "-"), **_argument(option))
     return parser

@@ -127,14 +127,14 @@ def _batch(config: TrainingConfig, world_size: int) -> Iterator[str]:
 
 
 def _model(config: TrainingConfig) -> Iterator[str]:
-    heads, groups = config.num_attention_heads, config.query_groups
+    heads, kv_groups = config.num_attention_heads, config.query_groups
     if config.kv_channels is None and config.hidden_size % heads:
         yield (
             f"--hidden-size {config.hidden_size} is not a multiple of --num-attention-heads {heads}: "
             "choose another, or give the head dimension as --kv-channels"
         )
-    if heads % groups:
-        yield f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"
+    if heads % kv_groups:
+        yield f"--num-attention-heads {heads} is not a multiple of --num-query-groups {kv_groups}"
     positions = config.max_position_embeddings
     if positions is not None and positions < config.seq_length:
         yield f"--max-position-embeddings {positions} is smaller than --seq-length {config.seq_length}"

@@ -189,18 +189,19 @@ class CheckpointOptions:
     )
 
 
-GROUPS: tuple[type, ...] = (
-    NetworkOptions,
-    RegularizationOptions,
-    TrainingOptions,
-    LearningRateOptions,
-    PrecisionOptions,
-    DistributedOptions,
-    MixtureOptions,
-    DataOptions,
-    ReportOptions,
-    CheckpointOptions,
-)
+GROUPS: dict[str, type] = {
+    "network size": NetworkOptions,
+    "regularization": RegularizationOptions,
+    "training": TrainingOptions,
+    "learning rate": LearningRateOptions,
+    "mixed precision": PrecisionOptions,
+    "distributed": DistributedOptions,
+    "mixture of experts": MixtureOptions,
+    "data": DataOptions,
+    "validation and logging": ReportOptions,
+    "checkpointing": CheckpointOptions,
+}
+"""The groups of `--help`, by their titles."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hp_plugin.commands.main import main
-from hp_plugin.compare.entries.catalogue import load_model
+from hp_plugin.compare.entries.catalogue import catalogue_model
 from hp_plugin.compare.entries.entrant import enter
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.rank import pass_gate
@@ -324,7 +324,7 @@ def refusal(job: Job) -> str:
 
 @pytest.mark.parametrize("wrong", [gate_with_wrong_output, gate_with_wrong_gradient])
 def test_a_deliberately_wrong_layout_is_refused(ranks: Ranks, wrong: Callable[[Job], str]) -> None:
-    model = load_model("tiny-gqa")
+    model = catalogue_model("tiny-gqa")
     job = Job("tiny-gqa", "", tuple(enter(model, text, 2) for text in ("tp=2", "grid=1x2,exchange=batch")))
     for said in ranks.run(2, wrong, job):
         assert said.startswith("nothing was timed: grid=1x2,exchange=batch has loss") and "where tp=2 has" in said

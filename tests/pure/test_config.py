@@ -4,6 +4,8 @@ import pytest
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.grid.ranks import Grid
+from hp_plugin.refusal import RefusedError
 
 
 def shape(**changes: object) -> AttentionShape:
@@ -36,6 +38,25 @@ def test_parse_refuses_sizes_below_one(text: str, message: str) -> None:
 def test_sizes_are_integers(size: object) -> None:
     with pytest.raises(ValueError, match="m must be an integer, got"):
         HeadDimConfig(size, 2)  # type: ignore[arg-type]
+
+
+def test_a_configuration_carries_its_grid_through_every_change() -> None:
+    config = HeadDimConfig(3, 4)
+    assert config.grid == Grid(3, 4) and config.flag == "3,4"
+    assert config.with_exchange("scores").grid == Grid(3, 4)
+    assert config == HeadDimConfig(3, 4) and len({config, HeadDimConfig(3, 4)}) == 1
+
+
+def test_a_grid_may_be_said_in_three_ways() -> None:
+    config = HeadDimConfig(3, 4)
+    assert HeadDimConfig.of(config) is config
+    assert HeadDimConfig.of("3,4") == HeadDimConfig.of((3, 4)) == HeadDimConfig.of([3, 4]) == config
+
+
+@pytest.mark.parametrize("wrong", [4, 2.0, (2,), (2, 2, 2), {"m": 2, "n": 2}])
+def test_what_is_no_grid_is_said_with_an_example(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r'takes a HeadDimConfig, "m,n" or a pair \(m, n\), for example .*; got '):
+        HeadDimConfig.of(wrong)  # type: ignore[arg-type]
 
 
 def test_unknown_exchange_suggests_the_nearest() -> None:
@@ -109,6 +130,29 @@ def test_auto_says_why_nothing_fits() -> None:
 def test_an_exchange_says_what_it_needs_and_who_can(exchange: str, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HeadDimConfig(3, 4, exchange).check_shape(shape(**changes))
+
+
+def test_no_exchange_is_named_that_cannot_do_all_that_is_asked_for() -> None:
+    bias = {"stock_core_alone": ("add an attention bias",)}
+    with pytest.raises(RefusedError) as refused:
+        HeadDimConfig(3, 4, "sequence").check_shape(shape(**bias))
+    assert str(refused.value) == "exchange `sequence` cannot add an attention bias; --head-dim-exchange batch can"
+    assert [reason.kind for reason in refused.value.refusals] == ["feature"]
+    # `batch` could add the bias, but not split this micro-batch: nothing is left to be named.
+    with pytest.raises(RefusedError) as refused:
+        HeadDimConfig(3, 4, "sequence").check_shape(shape(b=3, **bias))
+    assert str(refused.value) == "exchange `sequence` cannot add an attention bias"
+    # `sequence` and `scores` could split it, but not add the bias.
+    with pytest.raises(RefusedError) as refused:
+        HeadDimConfig(3, 4).check_shape(shape(b=3, **bias))
+    assert "can" not in str(refused.value).rpartition(";")[2].replace("cannot", "")
+    assert [reason.kind for reason in refused.value.refusals] == ["shape", "feature", "feature"]
+
+
+def test_the_way_out_of_slices_is_a_grid_that_the_heads_allow() -> None:
+    assert HeadDimConfig(2, 3).without_slices(12, 6) == "use n=1 (--head-dim-parallel 6,1)"
+    assert HeadDimConfig(2, 4).without_slices(12, 6) == "use n=1, where m could be 1, 2, 3, 6"
+    assert HeadDimConfig(2, 4).without_slices(None, None) == "use a grid with n=1"
 
 
 def test_scores_carries_odd_slices_of_rotate_half_pairs() -> None:

@@ -1,8 +1,12 @@
 """The reference trainer's command line and what it refuses before anything starts."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -174,3 +178,27 @@ def test_derived_values():
     assert virtual.virtual_pipeline == 2
     widest = config(head_dim_parallel="auto", tensor_model_parallel_size=8, num_query_groups=2).head_dim
     assert widest is not None and (widest.m, widest.n) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["examples/pretrain_gpt.py"], ["mixed precision", "mixture of experts", "validation and logging"]),
+        (["-m", "hp_plugin.bench.attention_layer"], ["grid against stock on the same ranks"]),
+        (["-m", "hp_plugin.bench.checkpoint"], ["Saving and loading a checkpoint on a grid"]),
+        (["-m", "hp_plugin.commands.main", "plan"], ["Predict speed, communication time and memory"]),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_the_help_is_complete_where_python_leaves_docstrings_out(command, said):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-OO", *command, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert all(words in text for words in said) and "None" not in text

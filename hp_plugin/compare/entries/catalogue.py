@@ -136,7 +136,7 @@ _OF_THE_LAYOUT = {
 }
 
 
-def load_model(name: str) -> CatalogueModel:
+def catalogue_model(name: str) -> CatalogueModel:
     """A model of the catalogue, or one from a JSON file of the trainer's options (`global_batch_size` among them).
 
     Raises:

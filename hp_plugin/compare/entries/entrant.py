@@ -110,10 +110,12 @@ def _options(model: CatalogueModel, layout: Layout) -> dict[str, Any]:
 
 
 def _stock_refusal(config: TrainingConfig, world: int) -> str | None:
-    """What stock's own configuration says against heads and ranks, if it does."""
+    """What stock's own configuration says where the TP size does not split the heads; None where it does."""
+    h, g, tp = config.num_attention_heads, config.query_groups, config.tensor_parallel
+    if h % tp == 0 and (g % tp == 0 or tp % g == 0):
+        return None
     try:
         build_transformer_config(config, world)
     except ValueError as refusal:
-        # `build_transformer_config` passes stock's words on.
-        return str(refusal) if "tensor_model_parallel_size" in str(refusal) else None
+        return str(refusal)
     return None

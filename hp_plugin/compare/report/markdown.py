@@ -22,7 +22,7 @@ HEAD = (
 )
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown_report(report: dict[str, Any]) -> str:
     """All of a report but its raw samples."""
     partial = "" if report["complete"] else " (partial: the run did not end)"
     lines = [f"# {report['model']}{partial}", "", f"{described(report)}", ""]

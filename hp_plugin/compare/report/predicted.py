@@ -14,7 +14,7 @@ from hp_plugin.planner.seconds.step import predict
 HEAD = ("layout", "tokens/s", "predicted", "error", "ratio", "predicted", "error", "TPOT ms", "predicted")
 
 
-def predicted(entrant: Entrant, mode: str, hardware: Hardware) -> dict[str, float]:
+def predicted_rates(entrant: Entrant, mode: str, hardware: Hardware) -> dict[str, float]:
     """Seconds of a step, tokens/s and TPOT in ms; norms and activations unfused, as stock runs them on the CPU."""
     share = share_of(entrant, mode)
     found = predict(share.model, replace(share.layout, fused=False), share.workload, hardware)

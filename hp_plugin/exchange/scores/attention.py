@@ -55,8 +55,8 @@ class _ScoresAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: ScoresSettings
     ) -> Tensor:
         blocks = _Blocks(query, key, mask, settings)
-        rows, columns = blocks.by_group(query), blocks.by_group(key)
-        values = blocks.by_group(value)
+        rows, columns = blocks.by_kv_group(query), blocks.by_kv_group(key)
+        values = blocks.by_kv_group(value)
         output = torch.empty_like(rows)
         for block, scores in blocks.reduced(lambda block: blocks.partial(block, rows, columns)):
             dropped, _ = blocks.drop(blocks.softmax(block, scores)[0])
@@ -72,9 +72,9 @@ class _ScoresAttention(torch.autograd.Function):
         query, key, value, mask = ctx.saved_tensors
         blocks = _Blocks(query, key, mask, ctx.settings)
         blocks.rewind()
-        rows, columns = blocks.by_group(query), blocks.by_group(key)
-        values = blocks.by_group(value)
-        grads = blocks.by_group(grad_output.reshape(query.shape))
+        rows, columns = blocks.by_kv_group(query), blocks.by_kv_group(key)
+        values = blocks.by_kv_group(value)
+        grads = blocks.by_kv_group(grad_output.reshape(query.shape))
         grad_rows = torch.empty_like(rows)
         # Every block adds to all keys before it: accumulated in fp32, as a fused kernel would.
         grad_columns = torch.zeros_like(columns[:, 0], dtype=torch.float32)
@@ -118,7 +118,7 @@ class _Blocks:
 
     def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, settings: ScoresSettings) -> None:
         self.s, self.b, self.heads, self.width = query.shape
-        self.groups = key.shape[2]
+        self.kv_groups = key.shape[2]
         self.mask = mask if settings.window is None else None
         self.settings = settings
         self.device = query.device
@@ -138,14 +138,14 @@ class _Blocks:
             stop = min(start + self.settings.block, self.s)
             yield _Block(start, stop, stop if causal else self.s)
 
-    def by_group(self, tokens: Tensor) -> Tensor:
+    def by_kv_group(self, tokens: Tensor) -> Tensor:
         """[s, b, heads, d/n] -> [b · g/m, heads per group, s, d/n]."""
-        tokens = tokens.unflatten(2, (self.groups, -1)).permute(1, 2, 3, 0, 4)
-        return tokens.reshape(self.b * self.groups, -1, self.s, self.width)
+        tokens = tokens.unflatten(2, (self.kv_groups, -1)).permute(1, 2, 3, 0, 4)
+        return tokens.reshape(self.b * self.kv_groups, -1, self.s, self.width)
 
     def by_token(self, rows: Tensor) -> Tensor:
         """[b · g/m, heads per group, s, d/n] -> [s, b, heads, d/n]."""
-        rows = rows.unflatten(0, (self.b, self.groups)).permute(3, 0, 1, 2, 4)
+        rows = rows.unflatten(0, (self.b, self.kv_groups)).permute(3, 0, 1, 2, 4)
         return rows.flatten(2, 3)
 
     def join_queries(self, rows: Tensor, block: _Block) -> Tensor:
@@ -154,7 +154,7 @@ class _Blocks:
 
     def split_queries(self, joined: Tensor) -> Tensor:
         """The reverse of `join_queries`: [b · g/m, h/g, block, d/n]."""
-        return joined.unflatten(1, (self.heads // self.groups, -1))
+        return joined.unflatten(1, (self.heads // self.kv_groups, -1))
 
     def product(self, block: _Block, rows: Tensor, columns: Tensor) -> Tensor:
         """This rank's slice of a sum over channels: [b · g/m, h/g · block, keys]."""
@@ -184,7 +184,7 @@ class _Blocks:
         """Probabilities [b · g/m, h/g · block, keys] in fp32, and what the mask hid, in a shape that broadcasts to
         [b, g/m, h/g, block, keys]."""
         hidden = self._hidden(block)
-        weights = scores.float().view(self.b, self.groups, -1, block.stop - block.start, block.keys)
+        weights = scores.float().view(self.b, self.kv_groups, -1, block.stop - block.start, block.keys)
         if hidden is not None:
             weights = weights.masked_fill(hidden, -10000.0)  # Megatron-Core's own value
         return torch.softmax(weights, dim=-1), hidden
@@ -196,7 +196,7 @@ class _Blocks:
             draw = torch.rand(probabilities.shape, generator=self.generator, device=self.device)
             kept = (draw >= self.settings.dropout).float() / (1.0 - self.settings.dropout)
             probabilities = probabilities * kept
-        return probabilities.to(self.dtype).view(self.b * self.groups, -1, probabilities.shape[-1]), kept
+        return probabilities.to(self.dtype).view(self.b * self.kv_groups, -1, probabilities.shape[-1]), kept
 
     def _hidden(self, block: _Block) -> Tensor | None:
         rows = range(block.start, block.stop)

@@ -21,7 +21,7 @@ def norm_kind(norm: nn.Module) -> str | None:
     return None
 
 
-def slice_norm(norm: nn.Module, slices: Tensor, group: dist.ProcessGroup) -> Tensor:
+def normed_slices(norm: nn.Module, slices: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Applies a norm over whole heads to the slices `[s, b, heads, d/n]` of this rank.
 
     The weight stays the stock one over d channels; this rank uses, and has gradients for, its slice of it. Statistics

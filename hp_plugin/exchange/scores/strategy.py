@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hp_plugin.exchange.scores.attention import ScoresSettings, scores_attention
 from hp_plugin.exchange.scores.dropout_rng import HEAD_PARALLEL_RNG, ensure_head_parallel_rng
 from hp_plugin.exchange.scores.rule import ScoresRule
-from hp_plugin.exchange.scores.slice_norm import slice_norm
+from hp_plugin.exchange.scores.slice_norm import normed_slices
 from hp_plugin.exchange.scores.slice_rotary import rotate_slices
 from hp_plugin.exchange.strategy import QKV, Angles, CoreSettings, Exchange
 
@@ -46,7 +46,7 @@ class ScoresExchange(Exchange):
 
     def normed(self, norm: nn.Module, states: Tensor) -> Tensor:
         """The statistics of whole heads, summed over the dim axis."""
-        return slice_norm(norm, states, self.groups.dim)
+        return normed_slices(norm, states, self.groups.dim)
 
     def rotated(self, query: Tensor, key: Tensor, angles: Angles, config: TransformerConfig) -> tuple[Tensor, Tensor]:
         """Each channel with its pair partner, which may live on another rank of the dim axis."""

@@ -1,0 +1,60 @@
+"""A model's configuration with a grid in it: how the grid may be given, and what is refused; starts no ranks."""
+
+from typing import Any
+
+import pytest
+
+from hp_plugin import cpu_backend
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, unsupported
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.refusal import RefusedError
+
+MODEL: dict[str, Any] = dict(num_layers=1, hidden_size=48, num_attention_heads=6, num_query_groups=2, kv_channels=8)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> None:
+    cpu_backend.enable()
+
+
+def config(head_dim: Any, **changes: Any) -> HeadDimTransformerConfig:
+    return HeadDimTransformerConfig(**MODEL | changes, head_dim_parallel=head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [HeadDimConfig(2, 2), "2,2", (2, 2), [2, 2]])
+def test_a_grid_may_be_given_as_words_or_numbers(head_dim: Any) -> None:
+    made = config(head_dim)
+    assert made.head_dim_parallel == HeadDimConfig(2, 2) and made.tensor_model_parallel_size == 4
+    assert made.num_attention_heads == 6 and made.num_query_groups == 2
+
+
+@pytest.mark.parametrize("head_dim", ["2x2", (2, 2, 2), 4, {"m": 2, "n": 2}, (2, "2")])
+def test_what_is_no_grid_is_one_clear_error(head_dim: Any) -> None:
+    with pytest.raises(ValueError, match=r"head.dim.parallel"):
+        config(head_dim)
+
+
+def test_another_exchange_is_named_only_where_it_fits() -> None:
+    head_dim = HeadDimConfig(2, 2, "scores")
+    offset = {"softmax_type": "off-by-one"}
+    with pytest.raises(RefusedError, match=r"`scores` cannot do a softmax offset; --head-dim-exchange batch can$"):
+        config(head_dim, micro_batch_size=2, seq_length=8, **offset)
+    with pytest.raises(RefusedError, match=r"`scores` cannot do a softmax offset$"):
+        config(head_dim, micro_batch_size=3, seq_length=8, **offset)
+    with pytest.raises(RefusedError, match=r"softmax offset; --head-dim-exchange batch can where it fits$"):
+        config(head_dim, **offset)
+
+
+def test_auto_says_why_each_of_its_exchanges_fails() -> None:
+    with pytest.raises(RefusedError) as refused:
+        config((2, 2), micro_batch_size=3, seq_length=8, softmax_type="off-by-one")
+    assert [refusal.kind for refusal in refused.value.refusals] == ["shape", "feature", "feature"]
+
+
+def test_refusals_are_values() -> None:
+    made = config((2, 2))
+    made.qk_clip = made.log_max_attention_logit = True
+    refusals = unsupported(made, HeadDimConfig(2, 2))
+    assert [refusal.kind for refusal in refusals] == ["feature", "feature"]
+    assert all(refusal.text.endswith("use n=1, where m could be 1, 2") for refusal in refusals)
+    assert unsupported(made, HeadDimConfig(4, 1)) == []
