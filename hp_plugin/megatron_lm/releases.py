@@ -39,7 +39,7 @@ def ranges() -> dict[str, str]:
     return found
 
 
-def releases() -> tuple[Release, ...]:
+def listed_releases() -> tuple[Release, ...]:
     """The whole list, oldest release first."""
     rows = json.loads(FILE.read_text("utf-8"))["releases"]
     names = {"megatron-core": "megatron_core", "with": "beside"}
@@ -48,13 +48,13 @@ def releases() -> tuple[Release, ...]:
 
 def known() -> tuple[str, ...]:
     """The Megatron-Core releases of which something was run."""
-    return tuple(dict.fromkeys(row.megatron_core for row in releases() if row.state == RUN))
+    return tuple(dict.fromkeys(row.megatron_core for row in listed_releases() if row.state == RUN))
 
 
 def standing(megatron_core: str, python: str) -> Release:
     """What is known of an installed pair of versions; a Python's patch level makes no difference."""
     python = ".".join(python.split(".")[:2])
-    for row in releases():
+    for row in listed_releases():
         if (row.megatron_core, row.python) == (megatron_core.split("+")[0], python):
             return row
     return Release(megatron_core, python, NOT_TRIED)
@@ -64,7 +64,7 @@ def table(commands: bool) -> str:
     """The list as a Markdown table, with or without the command behind every run."""
     head = ["Megatron-Core", "Python", "state", "beside", *(["command"] if commands else [])]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in releases():
+    for row in listed_releases():
         state = f"{row.state}: {row.what}" if row.what else row.state
         cells = [row.megatron_core, row.python, state, row.beside]
         if commands:

@@ -12,7 +12,7 @@ import pytest
 from hp_plugin.commands import main as cli
 from hp_plugin.megatron_lm import patch as patching
 from hp_plugin.megatron_lm.patch import PATCH, Patch
-from hp_plugin.megatron_lm.releases import releases
+from hp_plugin.megatron_lm.releases import listed_releases
 
 ROOT = Path(__file__).parents[2]
 ORIGINAL = "".join(f"line{number} = {number}\n" for number in range(1, 19))
@@ -52,7 +52,7 @@ def test_the_shipped_patch_is_two_lines_for_the_trees_of_the_one_list() -> None:
     shipped = Patch.read()
     assert shipped.added == "\n" + INSTALLS
     assert shipped.file == "megatron/training/__init__.py"
-    assert list(shipped.releases) == list(dict.fromkeys(row.tree for row in releases() if row.tree))
+    assert list(shipped.releases) == list(dict.fromkeys(row.tree for row in listed_releases() if row.tree))
     assert all(len(files) == 6 and shipped.file in files for files in shipped.releases.values())
     assert (ROOT / "patches" / PATCH.name).read_bytes() == PATCH.read_bytes()
 

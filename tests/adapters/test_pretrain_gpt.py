@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hp_plugin.commands import main as cli
-from hp_plugin.megatron_lm.releases import releases
+from hp_plugin.megatron_lm.releases import listed_releases
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -138,7 +138,7 @@ def test_without_the_flag_nothing_changes(tree: Path) -> None:
     assert losses(tree, 2, layout) == losses(tree, 2, layout, launcher=False)
 
 
-@pytest.mark.parametrize("tag", dict.fromkeys(row.tree for row in releases() if row.tree))
+@pytest.mark.parametrize("tag", dict.fromkeys(row.tree for row in listed_releases() if row.tree))
 def test_a_patched_tree_needs_no_launcher(tmp_path: Path, tag: str) -> None:
     patched = release_tree(tag, tmp_path / "tree")
     untouched = losses(patched, 1, f"--save {tmp_path}/checkpoints --save-interval 1", launcher=False)

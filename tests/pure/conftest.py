@@ -22,6 +22,6 @@ class NotHere:
 @pytest.fixture(autouse=True)
 def only_the_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tests of other folders may have imported them before, in this process.
-    for name in UPSTREAM:
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] in UPSTREAM]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [NotHere, *sys.meta_path])
