@@ -17,7 +17,7 @@ from hp_plugin.compare.entries.entrant import Entrant, NotPossibleError, enter, 
 from hp_plugin.compare.entries.suites import MODES, SUITES, Comparison
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.report.figure import draw
-from hp_plugin.compare.report.readme import check_page, load_reports, put_into
+from hp_plugin.compare.report.page import check_page, load_reports, put_into
 from hp_plugin.compare.report.table import show
 from hp_plugin.compare.start import RankFailedError, run_on_ranks
 
