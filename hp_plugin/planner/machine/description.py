@@ -27,7 +27,7 @@ def shipped_entries() -> dict[str, dict[str, Any]]:
         for file in package_folder(_FOLDER)
         if file.endswith(".json")
     }
-    return dict(sorted(entries.items(), key=lambda item: (item[1].get("order", len(entries) + 1), item[0])))
+    return dict(sorted(entries.items(), key=lambda item: (item[1].get("order", float("inf")), item[0])))
 
 
 def inherited(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
