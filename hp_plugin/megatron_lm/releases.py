@@ -61,10 +61,12 @@ def standing(megatron_core: str, python: str) -> Release:
 
 
 def table(commands: bool) -> str:
-    """The list as a Markdown table, with or without the command behind every run."""
+    """The whole list as a Markdown table with the command behind every run; without commands, what was tried alone."""
     head = ["Megatron-Core", "Python", "state", "beside", *(["command"] if commands else [])]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in listed_releases():
+        if row.state == NOT_TRIED and not commands:
+            continue
         state = f"{row.state}: {row.what}" if row.what else row.state
         cells = [row.megatron_core, row.python, state, row.beside]
         if commands:

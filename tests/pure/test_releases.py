@@ -71,6 +71,8 @@ def test_the_table_has_a_line_for_every_row() -> None:
     assert sum("`MEGATRON" in line or "`bash" in line for line in lines) == sum(
         row.state == RUN for row in listed_releases()
     )
+    tried = [row for row in listed_releases() if row.state != NOT_TRIED]
+    assert len(table(commands=False).splitlines()) == 2 + len(tried)
 
 
 def test_a_page_without_markers_is_refused() -> None:
