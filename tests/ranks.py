@@ -245,11 +245,12 @@ def _tear_down_megatron() -> None:
     """Forget every global of Megatron-Core that a body can have set."""
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils
+
+    from hp_plugin.upstream.moe_log import forget_figures
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
     megatron_random._CUDA_RNG_STATE_TRACKER = None
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    moe_utils._MOE_LAYER_WISE_LOGGING_TRACKER.clear()
+    forget_figures()

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them:  bash tests/run.sh [--venv DIR] [--python PATH] [pytest arguments]
+# Sets up what the tests need and runs them:
+#   bash tests/run.sh [--venv DIR] [--python PATH] [--megatron-core VERSION] [pytest arguments]
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 setup=()
-while [[ ${1:-} == --venv || ${1:-} == --python ]]; do
+while [[ ${1:-} == --venv || ${1:-} == --python || ${1:-} == --megatron-core ]]; do
     setup+=("$1" "${2:?$1 needs a value}")
     shift 2
 done

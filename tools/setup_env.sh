@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Prepares the environment that the examples and the tests run in, and prints the path of its Python on stdout.
 #
-#   bash tools/setup_env.sh [--venv DIR] [--python PATH]
+#   bash tools/setup_env.sh [--venv DIR] [--python PATH] [--megatron-core VERSION]
 #
 #   --venv DIR     where to make the virtual environment (default: .venv in the checkout)
 #   --python PATH  the Python that makes it, 3.10 or newer (default: the first suitable one on PATH)
+#   --megatron-core VERSION
+#                  this release instead of the pinned one, in an environment of its own that all checkouts share:
+#                  ${XDG_CACHE_HOME:-~/.cache}/hp-plugin/megatron-core-VERSION-python3.X (without --python: on Python 3.12,
+#                  else 3.13, 3.11 or 3.10, whichever is found first, also among pyenv's)
 #
-# Without either option, a virtual environment that is active and already has the versions of tests/requirements.txt is
+# Without any option, a virtual environment that is active and already has the versions of tests/requirements.txt is
 # used as it is. Otherwise everything is installed with pip, as pip is configured. A second run finds the work done; a
 # run after an interrupt goes on with it. Progress goes to stderr.
 set -euo pipefail
@@ -15,6 +19,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 pins=$root/tests/requirements.txt
 venv=''
 base=''
+core=''
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "setup: $*"; exit 2; }
@@ -23,15 +28,16 @@ while (($#)); do
     case $1 in
         --venv) venv=${2:?--venv needs a directory}; shift 2 ;;
         --python) base=${2:?--python needs a path}; shift 2 ;;
+        --megatron-core) core=${2:?--megatron-core needs a version}; shift 2 ;;
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) fail "unknown option $1; there are --venv DIR and --python PATH" ;;
+        *) fail "unknown option $1; there are --venv DIR, --python PATH and --megatron-core VERSION" ;;
     esac
 done
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
 # An environment that the caller has activated and that has every pin needs nothing from us.
-if [[ -z $venv && -z $base ]]; then
+if [[ -z $venv && -z $base && -z $core ]]; then
     active=$(command -v python3 || true)
     if [[ -n $active ]] && new_enough "$active" \
         && "$active" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' \
@@ -42,18 +48,12 @@ if [[ -z $venv && -z $base ]]; then
     fi
 fi
 
-venv=${venv:-$root/.venv}
-mkdir -p "$venv"
-venv=$(cd "$venv" && pwd)
-# One set-up at a time: two commands started together would install into the same directory.
-if command -v flock >/dev/null; then
-    exec 9<"$pins"
-    flock --nonblock 9 || { say "setup: waiting for another set-up of this checkout to finish"; flock 9; }
-fi
-
 if [[ -z $base ]]; then
     tried=''
-    for name in python3 python3.13 python3.12 python3.11 python3.10; do
+    names=(python3 python3.13 python3.12 python3.11 python3.10)
+    # pyenv's python3.12 is on PATH, but does not run, where another Python is its default.
+    [[ -z $core ]] || names=(python3.{12,13,11,10} "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{12,13,11,10}.*/bin/python3)
+    for name in "${names[@]}"; do
         found=$(command -v "$name") || continue
         if new_enough "$found"; then base=$found; break; fi
         tried+=" $found"
@@ -64,11 +64,29 @@ else
     new_enough "$base" || fail "needs Python 3.10 or newer, and $base is $("$base" --version 2>&1 || true)"
 fi
 
+shared=''
+if [[ -z $venv && -n $core ]]; then
+    shared=yes
+    venv=${XDG_CACHE_HOME:-$HOME/.cache}/hp-plugin/megatron-core-$core-python$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+fi
+venv=${venv:-$root/.venv}
+mkdir -p "$venv"
+venv=$(cd "$venv" && pwd)
+# One set-up at a time: two commands started together would install into the same directory.
+if command -v flock >/dev/null; then
+    if [[ -n $shared ]]; then exec 9>"$venv.lock"; else exec 9<"$pins"; fi
+    flock --nonblock 9 || { say "setup: waiting for another set-up of $venv to finish"; flock 9; }
+fi
+
 python=$venv/bin/python
-recipe=$(cat "$pins" "$root/setup.py" "$root/tools/setup_env.sh" | sha256sum | cut -c1-16)
-stamp=$venv/.installed-$recipe
+wanted=$(cat "$pins")
+[[ -z $core ]] || wanted=$(grep -v '^megatron-core==' "$pins"; echo "megatron-core==$core")
 # The checkout may have moved since: its path is part of what an editable install records.
-if [[ -f $stamp && $(<"$stamp") == "$root" ]] && "$python" -c '' 2>/dev/null; then
+recipe=$(cat "$root/setup.py" "$root/tools/setup_env.sh")
+home=$root
+if [[ -n $shared ]]; then recipe='' home=shared; fi
+stamp=$venv/.installed-$(echo "$wanted$recipe" | sha256sum | cut -c1-16)
+if [[ -f $stamp && $(<"$stamp") == "$home" ]] && "$python" -c '' 2>/dev/null; then
     echo "$python"
     exit 0
 fi
@@ -92,13 +110,16 @@ for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
     if [[ -d $info && ! -f $info/RECORD ]]; then rm -r "$info"; fi
 done
 
+echo "$wanted" >"$venv/pins.txt"
+pins=$venv/pins.txt
 pip=("$python" -m pip install --quiet --disable-pip-version-check --no-input)
 run "installing PyTorch (the first time, the longest download)" "${pip[@]}" -c "$pins" torch setuptools wheel numpy
 # DeepSpeed's build imports torch, and its kernels are compiled when first used.
 run "installing DeepSpeed" env DS_BUILD_OPS=0 "${pip[@]}" -c "$pins" --no-build-isolation deepspeed
 run "installing the rest of tests/requirements.txt" "${pip[@]}" -r "$pins"
-run "installing hp-plugin itself" "${pip[@]}" --no-deps --no-build-isolation -e "$root"
+# Which of the checkouts a shared environment runs, PYTHONPATH says.
+[[ -n $shared ]] || run "installing hp-plugin itself" "${pip[@]}" --no-deps --no-build-isolation -e "$root"
 run "checking the versions" "$python" "$root/tools/check_pins.py" "$pins"
-echo "$root" >"$stamp"
+echo "$home" >"$stamp"
 say "setup: $venv is ready"
 echo "$python"

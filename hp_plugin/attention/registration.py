@@ -54,6 +54,9 @@ def initialize_on_grid(
         )
     head_dim.check_tensor_parallel_size(stock.pop("tensor_model_parallel_size", None))
     bound = inspect.signature(stock_initialize).bind_partial(**stock).arguments
+    for name in ("gtp_remat_size", "expert_gtp_remat_size"):
+        if bound.get(name, 1) > 1:
+            raise ValueError(f"{name} {bound[name]}: GTP shards weights across the grid's pieces; leave it out")
     pipeline, context = bound.get("pipeline_model_parallel_size", 1), bound.get("context_parallel_size", 1)
     _check_same_on_all_ranks({"head_dim_parallel": head_dim, **stock})
     head_dim.check_world_size(dist.get_world_size(), pipeline, context)

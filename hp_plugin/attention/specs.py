@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
+from hp_plugin.upstream.spec_tree import Replacement, with_replacements
 
 
 class SequenceParallelTorchNorm:
@@ -47,7 +47,7 @@ def head_dim_spec(
     Raises:
         ValueError: the spec has no `SelfAttention` to replace.
     """
-    swapped = _replaced(layer_spec, {SelfAttention: HeadDimSelfAttention})
+    swapped = with_replacements(layer_spec, {SelfAttention: Replacement(HeadDimSelfAttention)})
     if swapped is layer_spec:
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
@@ -70,25 +70,5 @@ def sequence_parallel_norms(
     block, layers = layer_spec, (TransformerBlock, BaseTransformerLayer)
     if isinstance(layer_spec, ModuleSpec) and issubclass(get_module(layer_spec), layers):
         block = _get_block_submodules(config, layer_spec, vp_stage)
-    swapped = _replaced(block, {WrappedTorchNorm: SequenceParallelTorchNorm})
+    swapped = with_replacements(block, {WrappedTorchNorm: Replacement(SequenceParallelTorchNorm)})
     return layer_spec if swapped is block else swapped
-
-
-def _replaced(spec: Any, classes: dict[type, type]) -> Any:
-    """A copy of a spec tree with classes replaced; the very same object where nothing is."""
-    if isinstance(spec, type):
-        return classes.get(spec, spec)
-    if isinstance(spec, (list, tuple)):
-        items = [_replaced(item, classes) for item in spec]
-        changed = any(new is not old for new, old in zip(items, spec, strict=True))
-        return type(spec)(items) if changed else spec
-    if not is_dataclass(spec):
-        return spec
-    names = ["module", "submodules"] if isinstance(spec, ModuleSpec) else [f.name for f in fields(spec)]
-    changes = {name: _replaced(getattr(spec, name), classes) for name in names}
-    if all(new is getattr(spec, name) for name, new in changes.items()):
-        return spec
-    result = copy.copy(spec)
-    for name, new in changes.items():
-        setattr(result, name, new)
-    return result

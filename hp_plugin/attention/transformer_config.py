@@ -133,6 +133,10 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
     if variant is not None:
         said = f"experimental attention variant {variant!r} is not attention over heads the grid can slice"
         refusals.append(Refusal("feature", said))
+    for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+        if getattr(config, name, 1) > 1:
+            said = f"{name} {getattr(config, name)}: GTP shards weights across the grid's pieces; leave it out"
+            refusals.append(Refusal("feature", said))
     if head_dim.n == 1:
         return refusals
     whole = head_dim.without_slices(config.num_attention_heads, config.num_query_groups)

@@ -9,8 +9,11 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.package_info import __version__ as MEGATRON_CORE
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+
+from hp_plugin.upstream.checkpoint_format import COMMON_FILE, common_state_is_sharded, reads_sharded_common_state
 
 SHOWN = 3
 
@@ -23,12 +26,18 @@ def check_files(folder: str | Path) -> None:
     """Refuses a checkpoint folder with a missing or truncated file; reads the index, no shard.
 
     Raises:
-        ValueError: names the files.
+        ValueError: names the files, or says that this Megatron-Core is too old for the format.
     """
     folder = Path(folder)
-    for name in ("metadata.json", "common.pt", ".metadata"):
-        if not (folder / name).is_file():
-            raise ValueError(f"checkpoint {folder} has no file {name}: it is incomplete, load another iteration")
+    for name in ("metadata.json", ".metadata"):
+        _require(folder, name)
+    if not common_state_is_sharded(_metadata(folder)):
+        _require(folder, COMMON_FILE)
+    elif not reads_sharded_common_state():
+        raise ValueError(
+            f"checkpoint {folder} keeps its common state among the shards, as Megatron-Core 0.19 and newer write it, "
+            f"and this is {MEGATRON_CORE}, which looks for {COMMON_FILE}: load it with 0.19 or newer"
+        )
     ends: dict[str, int] = {}
     for piece in (_metadata(folder).storage_data or {}).values():
         ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
@@ -42,6 +51,11 @@ def check_files(folder: str | Path) -> None:
     if complaints:
         more = f" (and {len(complaints) - SHOWN} more)" if len(complaints) > SHOWN else ""
         raise ValueError("; ".join(complaints[:SHOWN]) + more + ": restore it, or load another iteration")
+
+
+def _require(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise ValueError(f"checkpoint {folder} has no file {name}: it is incomplete, load another iteration")
 
 
 def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path) -> None:

@@ -68,6 +68,13 @@ def _import_kernels() -> None:
             del sys.modules[name]
 
 
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package around it: 0.18 and later have no megatron.legacy
+        return False
+
+
 def enable() -> None:
     """`cpu_backend.enable()`, and the same for Megatron-LM's training code.
 
@@ -80,7 +87,7 @@ def enable() -> None:
     import_module("megatron.training.training")
     cpu_backend.enable()
     # 0.17.0 and later have no fused kernels of their own to compile.
-    hooks = [hook for hook in HOOKS if hook.owner != _FUSED or find_spec(_FUSED) is not None]
+    hooks = [hook for hook in HOOKS if hook.owner != _FUSED or _is_there(_FUSED)]
     for hook in hooks:
         hook.check()
     for hook in hooks:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from hp_plugin.attention.transformer_config import attention_shape, unsupported
 from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, record_head_dim
 from hp_plugin.config import WIDEST, HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
+from hp_plugin.megatron_lm.unfit_flags import unfit
 from hp_plugin.refusal import Refusal, RefusedError
 
 GRID_FLAG, EXCHANGE_FLAG, TP_FLAG = "--head-dim-parallel", "--head-dim-exchange", "--tensor-model-parallel-size"
@@ -132,36 +132,11 @@ def _shape(args: argparse.Namespace, view: argparse.Namespace, head_dim: HeadDim
 
 def _refusals(args: argparse.Namespace, view: argparse.Namespace, head_dim: HeadDimConfig) -> Iterator[Refusal]:
     """What Megatron-LM's own arguments ask for and the grid cannot do, beside what the model's configuration shows."""
-    if getattr(args, "use_legacy_models", False):
-        yield Refusal("feature", "--use-legacy-models builds layers that take no spec: leave it out")
+    for said in unfit(args, head_dim, head_dim.without_slices(args.num_attention_heads, view.num_query_groups)):
+        yield Refusal("feature", said)
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         yield Refusal(
             "installation",
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which is not installed: "
             "install it, or give --transformer-impl local",
         )
-    if head_dim.n == 1:
-        return
-    way_out = head_dim.without_slices(args.num_attention_heads, view.num_query_groups)
-    for flag, set_ in _whole_heads(args):
-        if set_:
-            yield Refusal("feature", f"{flag}: {way_out}")
-
-
-def _whole_heads(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Flags that cannot run on slices of heads, with the reason, and whether they are set."""
-    return [
-        ("--sft packs sequences, whose bounds cut across the share of a slice", getattr(args, "sft", False)),
-        (
-            "--hybrid-context-parallel packs sequences, whose bounds cut across the share of a slice",
-            getattr(args, "hybrid_context_parallel", False),
-        ),
-        (
-            f"--optimizer {args.optimizer} orthogonalizes whole heads, which a slice of heads is not",
-            "muon" in str(args.optimizer),
-        ),
-        (
-            "--inference-dynamic-batching batches requests of changing number, which do not split into n",
-            getattr(args, "inference_dynamic_batching", False),
-        ),
-    ]

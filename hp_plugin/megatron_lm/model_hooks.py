@@ -17,6 +17,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hp_plugin.attention.model_check import check_attention
 from hp_plugin.attention.registration import initialize_on_grid
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.attention.specs import head_dim_spec, sequence_parallel_norms
@@ -91,6 +92,8 @@ class ModelHooks:
                 for name in ("transformer_layer_spec", "mtp_block_spec"):
                     call.arguments[name] = _grid_spec(call.arguments[name], config, vp_stage)
             original(*call.args, **call.kwargs)
+            if on_grid(config):
+                check_attention(call.arguments["self"])
 
         return __init__
 

@@ -9,15 +9,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hp_plugin.attention.model_check import check_attention
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.initialization import initialize_parameters
+from hp_plugin.training.moe import check_backend
 from hp_plugin.training.transformer import build_layer_spec
 
 
 def build_gpt(config: TrainingConfig, transformer_config: TransformerConfig, chunk: int | None = None) -> GPTModel:
     """One pipeline stage of the model, or chunk number `chunk` of it in the interleaved schedule; stock weights."""
     stage = {"ignore_virtual": False, "vp_stage": chunk}
-    return GPTModel(
+    model = GPTModel(
         config=transformer_config,
         transformer_layer_spec=build_layer_spec(config, transformer_config, chunk),
         vocab_size=config.padded_vocab_size,
@@ -33,6 +35,10 @@ def build_gpt(config: TrainingConfig, transformer_config: TransformerConfig, chu
         seq_len_interpolation_factor=config.rotary_seq_len_interpolation_factor,
         vp_stage=chunk,
     )
+    if config.head_dim is not None:
+        check_attention(model)
+    check_backend(config, transformer_config, model)
+    return model
 
 
 def build_model(

@@ -8,10 +8,11 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.moe.moe_utils import track_moe_metrics
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.upstream.moe_log import recorded_figures
 
 
 def moe_settings(config: TrainingConfig, width: int) -> dict[str, Any]:
@@ -95,6 +96,18 @@ def moe_block_spec(config: TrainingConfig, transformer_config: TransformerConfig
     return deepspeed_moe_spec(spec, required=False)
 
 
+def check_backend(config: TrainingConfig, transformer_config: TransformerConfig, model: nn.Module) -> None:
+    """Asks a built model whether its mixtures are those that --moe-backend names.
+
+    Raises:
+        RuntimeError: they are the other's.
+    """
+    if config.num_experts is not None and config.moe_backend == "deepspeed":
+        from hp_plugin.deepspeed_adapter.moe.model_check import check_mixtures
+
+        check_mixtures(model, transformer_config)
+
+
 def read_moe_figures(config: TrainingConfig, micro_batches: int) -> dict[str, float]:
     """Load-balancing loss, without its coefficient, and share of dropped choices, of the last iteration.
 
@@ -106,17 +119,7 @@ def read_moe_figures(config: TrainingConfig, micro_batches: int) -> dict[str, fl
     names += ["dropped_token_share"] if config.moe_backend == "deepspeed" else []
     if not names:
         return {}
-    figures: dict[str, Any] = {}
-    track_moe_metrics(
-        loss_scale=1 / micro_batches,
-        iteration=0,
-        total_loss_dict=figures,
-        force_initialize=True,
-        track_names=names,
-        num_layers=config.num_layers,
-        moe_layer_freq=config.moe_layer_freq,
-    )
-    return {name: float(figures[name]) for name in names}
+    return recorded_figures(names, micro_batches, config.num_layers, config.moe_layer_freq)
 
 
 def global_expert(local: int, experts: int) -> int:

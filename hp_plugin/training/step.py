@@ -15,7 +15,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 
 from hp_plugin.training.config import TrainingConfig
@@ -23,6 +22,7 @@ from hp_plugin.training.data import Batches
 from hp_plugin.training.model import build_model
 from hp_plugin.training.moe import read_moe_figures
 from hp_plugin.training.optimization import build_optimizer, build_scheduler
+from hp_plugin.upstream.batch import batch_on_this_cp_rank
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _forward_backward(trainer: Trainer, batches: Batches, forward_only: bool) ->
 def _micro_step(device: torch.device, batches: Iterator[dict[str, Tensor]], model: nn.Module) -> tuple[Tensor, Any]:
     """One micro-batch through one model chunk; the schedule calls the returned loss function on the last stage."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    batch = get_batch_on_this_cp_rank(batch)
+    batch = batch_on_this_cp_rank(batch)
     losses = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
     return losses, partial(_token_losses, batch["loss_mask"])
 

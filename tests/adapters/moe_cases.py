@@ -20,7 +20,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.moe.layer import DeepSpeedMoELayer
 from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions
 from hp_plugin.deepspeed_adapter.moe.specs import deepspeed_moe_spec
+from hp_plugin.upstream import spec_tree
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Model(MegatronModule):
         super().__init__(own)
         spec = get_gpt_layer_local_spec(num_experts=case.experts, moe_grouped_gemm=False)
         spec = deepspeed_moe_spec(spec, DeepSpeedMoEOptions(**dict(case.options)))
-        self.layer: DeepSpeedMoELayer = build_module(spec.submodules.mlp, config=own)
+        self.layer: DeepSpeedMoELayer = spec_tree.build(spec.submodules.mlp, config=own)
         self.layer.set_layer_number(1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

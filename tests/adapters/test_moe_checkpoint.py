@@ -8,8 +8,8 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.spec_utils import build_module
 
+from hp_plugin.upstream import spec_tree
 from tests.adapters.moe_cases import Case, build, config, deepspeed_forgotten, whole_names
 from tests.ranks import Ranks
 
@@ -51,7 +51,7 @@ def load_by_megatron(saved: Case, folder: str) -> float:
         parallel_state.initialize_model_parallel(expert_tensor_parallel_size=1)
         model_parallel_cuda_manual_seed(11)
         spec = get_gpt_layer_local_spec(num_experts=saved.experts, moe_grouped_gemm=False).submodules.mlp
-        layer = build_module(spec, config=config(saved, grid=False))
+        layer = spec_tree.build(spec, config=config(saved, grid=False))
         state = dist_checkpointing.load(layer.sharded_state_dict("mlp."), folder)
         layer.load_state_dict({name.removeprefix("mlp."): value for name, value in state.items()})
         found = {"gate": layer.router.weight}

@@ -35,6 +35,7 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
         ("planner",),
     ],
     2: [
+        ("upstream",),
         ("grid.groups", "cpu_backend", "exchange.masks"),
         ("exchange.strategy",),
         tuple(f"exchange.{name}." for name in EXCHANGES),

@@ -121,7 +121,7 @@ def test_a_local_build_meets_the_pin_of_its_public_version(tmp_path: Path) -> No
 def test_the_set_up_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     done = script("bash", "tools/setup_env.sh", "--pyhton", "python3")
     assert done.returncode == 2
-    assert "unknown option --pyhton; there are --venv DIR and --python PATH" in done.stderr
+    assert "unknown option --pyhton; there are --venv DIR, --python PATH and --megatron-core VERSION" in done.stderr
     done = script("bash", "tools/setup_env.sh", "--venv", str(tmp_path / "venv"), "--python", "no-such-python")
     assert done.returncode == 2
     assert "--python no-such-python is not a program" in done.stderr

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from hp_plugin.deepspeed_adapter.moe.expert import ExpertMaker, ExpertMLP, Numbe
 from hp_plugin.deepspeed_adapter.moe.gate import GridGate
 from hp_plugin.deepspeed_adapter.moe.groups import check_mpu, register_expert_groups
 from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions, check_moe
+from hp_plugin.upstream.moe_log import record_figure
+from hp_plugin.upstream.spec_tree import parts
 
 
 class DeepSpeedMoELayer(MoE):
@@ -42,6 +44,7 @@ class DeepSpeedMoELayer(MoE):
         submodules: stock's own MoE submodules; the experts' linears are taken from them.
         options: what only DeepSpeed has.
         layer_number: number of the layer in the whole model, from 1, for the log.
+        of_stock: what a release gives stock's layer beside (process groups, names), which this one has or needs not.
 
     Raises:
         ValueError: DeepSpeed-MoE cannot do what is asked for.
@@ -54,10 +57,11 @@ class DeepSpeedMoELayer(MoE):
         submodules: MoESubmodules,
         options: DeepSpeedMoEOptions | None = None,
         layer_number: int | None = None,
+        **of_stock: Any,
     ) -> None:
         options = options or DeepSpeedMoEOptions()
         check_moe(config, options, torch.distributed.get_world_size())
-        linears = submodules.experts.submodules
+        _, linears = parts(submodules.experts)
         if not isinstance(linears, MLPSubmodules):
             raise ValueError("DeepSpeed-MoE runs one MLP per expert: build the layer spec without grouped GEMM")
         experts, ranks = config.num_moe_experts, config.expert_model_parallel_size
@@ -169,7 +173,7 @@ class DeepSpeedMoELayer(MoE):
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         # Equal on all ranks of the TP group already: only the copies of the model are left to average.
         copies = parallel_state.get_data_parallel_group()
-        save_to_aux_losses_tracker(name, value.detach(), self.layer_number, layers, avg_group=copies)
+        record_figure(name, value.detach(), self.layer_number, layers, copies)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

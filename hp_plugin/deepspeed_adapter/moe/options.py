@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 NOISE_POLICIES = ("Jitter", "RSample")
+# Settings of Megatron's mixture that DeepSpeed's has too, or that change how fast a mixture is, not what it computes.
+_CARRIED = {
+    *("moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_router_dtype"),
+    *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_expert_capacity_factor"),
+    *("moe_pad_expert_input_to_capacity", "moe_per_layer_logging", "moe_layer_recompute", "moe_router_fusion"),
+    # These say something only beside a setting that is refused.
+    *("moe_router_bias_update_rate", "moe_shared_expert_gate", "moe_shared_expert_overlap"),
+}
+_OF_MEGATRONS_DISPATCHERS = (
+    *("moe_token_dispatcher_type", "moe_flex_dispatcher_", "moe_permute_fusion", "moe_enable_deepep"),
+    *("moe_deepep_", "moe_hybridep_", "moe_ncclep_"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,22 +118,15 @@ def _router(config: TransformerConfig, options: DeepSpeedMoEOptions) -> Iterator
 
 
 def _features(config: TransformerConfig) -> Iterator[str]:
-    for name, neutral in (
-        ("moe_shared_expert_intermediate_size", None),
-        ("moe_router_num_groups", None),
-        ("moe_router_group_topk", None),
-        ("moe_router_topk_scaling_factor", None),
-        ("moe_router_score_function", "softmax"),
-        ("moe_router_enable_expert_bias", False),
-        ("moe_router_force_load_balancing", False),
-        ("moe_z_loss_coeff", None),
-        ("moe_input_jitter_eps", None),
-        ("moe_apply_probs_on_input", False),
-        ("moe_latent_size", None),
-        ("moe_grouped_gemm", False),
-        ("overlap_moe_expert_parallel_comm", False),
-        ("cuda_graph_impl", "none"),
-    ):
-        value = getattr(config, name, neutral)
-        if value != neutral:
+    """Every setting of a mixture that is given and not known to be carried, those of newer releases among them."""
+    asked = {
+        known.name: getattr(config, known.name)
+        for known in fields(config)
+        if known.name.startswith("moe_") and getattr(config, known.name) != known.default
+    }
+    for name, neutral in (("overlap_moe_expert_parallel_comm", False), ("cuda_graph_impl", "none")):
+        if getattr(config, name, neutral) != neutral:
+            asked[name] = getattr(config, name)
+    for name, value in asked.items():
+        if name not in _CARRIED and not name.startswith(_OF_MEGATRONS_DISPATCHERS):
             yield f"--{name.replace('_', '-')} {value}: DeepSpeed-MoE has no such thing; --moe-backend megatron has"

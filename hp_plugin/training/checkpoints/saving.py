@@ -18,6 +18,7 @@ from hp_plugin.training.checkpoints.state import content_metadata, restore, shar
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.log import print_rank_0
 from hp_plugin.training.step import Trainer
+from hp_plugin.upstream.checkpoint_format import own_queue
 
 _SAME_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_query_groups")
 _LAYOUT = (
@@ -150,6 +151,7 @@ class Checkpoints:
                 partial,
                 async_sharded_save=self.config.async_save,
                 content_metadata=content,
+                **own_queue(),
             )
             if request is not None:
                 request.add_finalize_fn(complete)
