@@ -1,11 +1,12 @@
 """Volumes in the closed forms of the design, against a count over simulated ranks."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
 from hp_plugin.exchange.local.rule import LocalRule
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rule import STOCK, AttentionShape, Inner
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.exchange.scores.rule import ScoresRule
 
@@ -62,3 +63,70 @@ def test_bytes_follow_the_dtype_and_nothing_moves_without_slices() -> None:
     assert RULES["batch"].bytes(shape, 2) == 2 * RULES["batch"].elements(shape)
     whole = AttentionShape(s=24, b=6, h=12, g=3, d=30, m=3, n=1, rotary=30, qk_norm="LayerNorm")
     assert {rule.elements(whole) for rule in RULES.values()} == {0}
+
+
+WHOLE = 24 * 6 * 15
+"""Elements of one slot of SHAPES[0] on one rank: 4 query slots and 1 each for keys and values."""
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "traded_in", "traded_out", "kept"),
+    [
+        ("stock", Inner(6, 24, 30), 0, 0, 0),
+        ("batch", Inner(3, 24, 30), 6 * WHOLE, 4 * WHOLE, 4 * WHOLE),
+        # Both ranks get all keys and values, so each sends its slice of them twice, and keeps the other's.
+        ("sequence", Inner(6, 12, 30), (4 + 2 * 2) * WHOLE, 4 * WHOLE, (4 + 2) * WHOLE),
+        ("scores", Inner(6, 24, 15), 0, 0, 0),
+        ("local", Inner(6, 24, 15), 0, 0, 0),
+    ],
+)
+def test_what_attention_sees_and_what_is_traded_and_kept_by_hand(
+    name: str, inner: Inner, traded_in: int, traded_out: int, kept: int
+) -> None:
+    rule, shape = {"stock": STOCK, **RULES}[name], SHAPES[0]
+    assert rule.inner(shape) == inner
+    assert (rule.traded_in(shape), rule.traded_out(shape), rule.kept(shape)) == (traded_in, traded_out, kept)
+    held = 6 * 4 * 24 * 24 * (4 * 2 + 16) if name == "scores" else 2 * traded_in * 2
+    assert rule.held_bytes(shape, 2) == held
+    if name != "scores":
+        assert rule.elements(shape) == (traded_in + traded_out) // 2
+        assert rule.score_blocks(shape) == ()
+
+
+def test_an_output_gate_travels_with_the_queries() -> None:
+    gated = replace(SHAPES[0], gate=True)
+    for name in ("batch", "sequence"):
+        assert RULES[name].traded_in(gated) - RULES[name].traded_in(SHAPES[0]) == 4 * WHOLE
+        assert RULES[name].traded_out(gated) == RULES[name].traded_out(SHAPES[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block", [1, 5, 24, 1000])
+def test_blocks_of_scores_hold_every_query_once_and_every_key_it_sees(block: int, causal: bool) -> None:
+    shape = replace(SHAPES[0], causal=causal)
+    at = 0
+    for queries, keys in ScoresRule().score_blocks(shape, block):
+        at += queries
+        assert 0 < queries <= block and keys == (at if causal else shape.s)
+    assert at == shape.s
+
+
+@pytest.mark.parametrize(("rotary", "n"), [(8, 4), (4, 4), (6, 2), (2, 4), (8, 1)])
+def test_rotary_halves_are_the_partners_that_other_ranks_hold(rotary: int, n: int) -> None:
+    shape = AttentionShape(s=16, b=2, h=4, g=2, d=8, m=2, n=n, rotary=rotary)
+    apart = [(channel, channel + rotary // 2) for channel in range(rotary // 2)]
+    apart = [(one, other) for one, other in apart if one * n // 8 != other * n // 8]
+    # Both of a pair lack the other; the mean over the n ranks of a dim group, in 3 query and key heads.
+    assert ScoresRule().rotary_halves(shape) == 16 * 2 * 3 * 2 * len(apart) // n
+    assert ScoresRule().rotary_halves(replace(shape, rotary_interleaved=True)) == 0
+    assert RULES["batch"].rotary_halves(shape) == 0
+
+
+def test_norms_of_slices_sum_for_every_head_and_token() -> None:
+    plain = SHAPES[0]
+    for norm, sums in (("RMSNorm", 1), ("L2Norm", 1), ("LayerNorm", 2)):
+        shape = replace(plain, qk_norm=norm)
+        assert {name: rule.norm_sums(shape) for name, rule in RULES.items() if rule.norm_sums(shape)} == {"scores": sums}
+        # Summed by an all-reduce over 2 ranks, and whole in fp32 beside 16-bit scores.
+        more = ScoresRule().bytes(shape, 2) - ScoresRule().bytes(plain, 2)
+        assert more == 4 * sums * (12 + 3) // 3 * 24 * 6

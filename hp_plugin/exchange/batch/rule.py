@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
+from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
 
 
 class BatchRule(ExchangeRule):
@@ -16,6 +16,15 @@ class BatchRule(ExchangeRule):
             return f"needs a micro-batch size divisible by n: {shape.b} % {shape.n} = {shape.b % shape.n}"
         return None
 
-    def elements(self, shape: AttentionShape) -> int:
-        slots = shape.query_slots + 2 * (shape.g // shape.m) + shape.h // shape.m
-        return (shape.n - 1) * slots * shape.slice_size // shape.n
+    def inner(self, shape: AttentionShape) -> Inner:
+        return Inner(shape.b // shape.n, shape.s, shape.d)
+
+    def traded_in(self, shape: AttentionShape) -> int:
+        return (shape.query_slots + shape.key_value_slots) * shape.slice_size
+
+    def traded_out(self, shape: AttentionShape) -> int:
+        return shape.output_slots * shape.slice_size
+
+    def kept(self, shape: AttentionShape) -> int:
+        # The projection keeps its input, which the trade made beside the output that attention keeps.
+        return self.traded_out(shape)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
+from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
 
 
 class LocalRule(ExchangeRule):
     """Every slice runs its own softmax: attention with h·n heads of d/n, another function."""
 
     name = "local"
-    moves = "nothing"
     exact = False
 
     def missing(self, shape: AttentionShape) -> str | None:
@@ -23,5 +22,5 @@ class LocalRule(ExchangeRule):
             )
         return None
 
-    def elements(self, shape: AttentionShape) -> int:
-        return 0
+    def inner(self, shape: AttentionShape) -> Inner:
+        return Inner(shape.b, shape.s, shape.d // shape.n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
+from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
 
 
 class SequenceRule(ExchangeRule):
@@ -20,6 +20,16 @@ class SequenceRule(ExchangeRule):
             )
         return None
 
-    def elements(self, shape: AttentionShape) -> int:
-        traded = (shape.n - 1) * (shape.query_slots + shape.h // shape.m) * shape.slice_size // shape.n
-        return traded + (shape.n - 1) * 2 * (shape.g // shape.m) * shape.slice_size
+    def inner(self, shape: AttentionShape) -> Inner:
+        return Inner(shape.b, shape.s // shape.n, shape.d)
+
+    def traded_in(self, shape: AttentionShape) -> int:
+        # Every rank of the dim group gets its own queries and, beside them, this rank's slice of all keys and values.
+        return (shape.query_slots + shape.n * shape.key_value_slots) * shape.slice_size
+
+    def traded_out(self, shape: AttentionShape) -> int:
+        return shape.output_slots * shape.slice_size
+
+    def kept(self, shape: AttentionShape) -> int:
+        # Other ranks' slices of keys and values; and the projection's input, beside the output that attention keeps.
+        return (shape.n - 1) * shape.key_value_slots * shape.slice_size + self.traded_out(shape)
