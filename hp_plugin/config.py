@@ -11,6 +11,7 @@ from math import gcd
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, resolve
 from hp_plugin.grid.ranks import Grid
+from hp_plugin.refusal import Refusal, RefusedError
 
 WIDEST = "auto"
 """What flags take in place of m,n for the widest head axis that a given TP size allows."""
@@ -123,21 +124,24 @@ class HeadDimConfig:
         """Checks the grid against query heads h, query groups g and head dimension d.
 
         Raises:
-            ValueError: m does not divide h and g, or n does not divide d; names the sizes that would.
+            RefusedError: m does not divide h and g, or n does not divide d; names the sizes that would.
         """
         if h % g:
-            raise ValueError(f"num_attention_heads ({h}) must be a multiple of num_query_groups ({g})")
+            said = f"num_attention_heads ({h}) must be a multiple of num_query_groups ({g})"
+            raise RefusedError([Refusal("heads per group", said)])
         if h % self.m or g % self.m:
             fitting = _divisors(gcd(h, g))
-            raise ValueError(
+            said = (
                 f"head-dim-parallel m={self.m} must divide both num_attention_heads ({h}) and num_query_groups "
                 f"({g}): m could be {_listed(fitting)}; spread the rest of the {self.size} ranks over n"
             )
+            raise RefusedError([Refusal("grid heads", said)])
         if d % self.n:
-            raise ValueError(
+            said = (
                 f"head-dim-parallel n={self.n} must divide the head dimension kv_channels ({d}): "
                 f"n could be {_listed(_divisors(d))}"
             )
+            raise RefusedError([Refusal("grid head dimension", said)])
 
     def without_slices(self, h: int | None, g: int | None) -> str:
         """The way out where slices are: a grid with n = 1, as far as h heads and g query groups allow it."""
@@ -152,7 +156,7 @@ class HeadDimConfig:
         """Checks everything a layer's shape can contradict; returns the exchange that will run.
 
         Raises:
-            ValueError: see `check_heads`, or the exchange cannot carry this micro-batch, sequence or rotary setting.
+            RefusedError: see `check_heads`, or the exchange cannot carry this micro-batch, sequence or rotary setting.
         """
         self.check_heads(shape.h, shape.g, shape.d)
         return resolve(self.exchange, shape)
