@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 
 from hp_plugin.exchange.rules import RULES
-from hp_plugin.planner.counts.feasibility import memory_problem
+from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import load_model, presets
 from hp_plugin.planner.inputs.workload import MODES, Workload
@@ -139,9 +139,9 @@ def _explained(
     args: argparse.Namespace, name: str, found: Prediction, hardware: Hardware, capacity: float | None
 ) -> list[str]:
     lines = explanation(found, hardware)
-    problem = memory_problem(found.memory, hardware, capacity)
-    if problem is not None:
-        lines.append(f"does not fit: {problem}")
+    refusal = memory_refusal(found.memory, hardware, capacity)
+    if refusal is not None:
+        lines.append(f"does not fit: {refusal.text}")
     if args.trace:
         write_trace(found, args.trace)
         lines.append(f"trace: {args.trace} (open in https://ui.perfetto.dev)")

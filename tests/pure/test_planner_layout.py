@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.planner.counts.feasibility import memory_problem, shape_problems
+from hp_plugin.planner.counts.feasibility import MEMORY, memory_refusal, shape_refusals
 from hp_plugin.planner.counts.memory import Memory
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
@@ -18,6 +18,12 @@ from hp_plugin.planner.seconds.step import predict
 
 MODEL = ModelShape("m", 8, 64, 8, 4, 8, 256, 128)
 TRAIN = Workload("train", 64, 32)
+
+
+def problems(model: ModelShape, layout: str, workload: Workload) -> str:
+    """All that keeps a layout from running on H100s, in words."""
+    share = Share.on(load_hardware("h100-ib"), model, Layout.parse(layout), workload)
+    return "; ".join(refusal.text for refusal in shape_refusals(share))
 
 
 @pytest.mark.parametrize(
@@ -84,22 +90,20 @@ def test_what_a_layout_cannot_say(text: str, said: str) -> None:
     ],
 )
 def test_why_a_layout_cannot_run(text: str, said: str) -> None:
-    problems = shape_problems(Share(MODEL, Layout.parse(text), TRAIN))
-    assert said in "; ".join(problems)
+    assert said in problems(MODEL, text, TRAIN)
 
 
 def test_context_parallelism_trains_with_fused_attention_alone() -> None:
     wide = replace(MODEL, d=512)
-    problems = shape_problems(Share(wide, Layout.parse("tp=2,cp=2"), TRAIN))
-    assert problems == ["context parallelism trains with fused attention alone, which ends at head dimension 256"]
-    assert shape_problems(Share(wide, Layout.parse("tp=2,cp=2"), Workload("forward", 64, 32))) == []
-    narrow = Layout.parse("grid=2x2,cp=2,exchange=local")
-    assert shape_problems(Share(wide, narrow, TRAIN)) == []
+    unfused = "context parallelism trains with fused attention alone, which ends at head dimension 256"
+    assert problems(wide, "tp=2,cp=2", TRAIN) == unfused
+    assert problems(wide, "tp=2,cp=2", Workload("forward", 64, 32)) == ""
+    assert problems(wide, "grid=2x2,cp=2,exchange=local", TRAIN) == ""
 
 
 def test_sizes_that_do_run_have_no_problems() -> None:
     for text in ("tp=8", "grid=4x2,mbs=2", "grid=1x8,exchange=scores", "pp=4,vpp=2,mbs=8", "cp=2,tp=2,sp", "pp=3"):
-        assert shape_problems(Share(MODEL, Layout.parse(text), TRAIN)) == [], text
+        assert problems(MODEL, text, TRAIN) == "", text
 
 
 @pytest.mark.parametrize(
@@ -118,18 +122,17 @@ def test_sizes_that_do_run_have_no_problems() -> None:
 )
 def test_why_experts_or_decode_cannot_run(text: str, mode: str, said: str) -> None:
     model = replace(MODEL, experts=8, top_k=2)
-    assert said in "; ".join(shape_problems(Share(model, Layout.parse(text), Workload(mode, 64, 32))))
+    assert said in problems(model, text, Workload(mode, 64, 32))
 
 
 def test_experts_and_the_dense_layers_between_them_have_their_own_rules() -> None:
     mixed = replace(MODEL, experts=12, moe_every=2, ffn=250)
     workload = Workload("train", 64, 36)
-    said = "; ".join(shape_problems(Share(mixed, Layout.parse("tp=4,dp=3,ep=6,moe=deepspeed"), workload)))
+    said = problems(mixed, "tp=4,dp=3,ep=6,moe=deepspeed", workload)
     assert "DeepSpeed-MoE needs ep=6 to divide TP=4 or to be a multiple of it" in said
     assert "MLP width 250 does not divide over TP=4" in said
     only_experts = replace(mixed, moe_every=1)
-    fine = Layout.parse("tp=4,dp=3,ep=4,moe=deepspeed")
-    assert shape_problems(Share(only_experts, fine, workload)) == []
+    assert problems(only_experts, "tp=4,dp=3,ep=4,moe=deepspeed", workload) == ""
 
 
 def test_communication_overlap_ends_with_the_node() -> None:
@@ -148,6 +151,8 @@ def test_prediction_names_every_problem() -> None:
 def test_memory_that_does_not_suffice_is_told_with_its_largest_part() -> None:
     hardware = load_hardware("h100-ib")
     needed = Memory(1e9, 2e9, 3e9, 70e9, 1e9, 0.0)
-    said = memory_problem(needed, hardware)
-    assert said == "needs 77.0 GB of 74.0 GB that 80 GB leave (most of it activations: 70.0 GB)"
-    assert memory_problem(needed, hardware, 90e9) is None
+    refusal = memory_refusal(needed, hardware)
+    assert refusal is not None
+    assert refusal.text == "needs 77.0 GB of 74.0 GB that 80 GB leave (most of it activations: 70.0 GB)"
+    assert (refusal.kind, refusal.amount) == (MEMORY, pytest.approx(3e9))
+    assert memory_refusal(needed, hardware, 90e9) is None

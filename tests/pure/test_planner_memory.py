@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from hp_plugin.planner.counts.memory import Memory, memory
+from hp_plugin.planner.counts.memory import Memory, memory_needed
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
 
 MODEL = ModelShape("m", 8, 1024, 16, 16, 64, 4096)
 
@@ -18,7 +19,7 @@ MODEL = ModelShape("m", 8, 1024, 16, 16, 64, 4096)
 def of(layout: str, model: ModelShape = MODEL, mode: str = "train", seq: int = 512, batch: int = 64) -> Memory:
     mine = Layout.parse(layout)
     workload = Workload(mode, seq, batch)
-    return memory(Share(model, mine, workload), batch // (mine.dp * mine.micro_batch))
+    return memory_needed(Share.on(load_hardware("h100-ib"), model, mine, workload))
 
 
 def test_weights_gradients_and_optimizer_by_hand() -> None:

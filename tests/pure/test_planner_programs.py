@@ -10,20 +10,21 @@ from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.ends import embedding, head
 from hp_plugin.planner.counts.exchange import exchanged
 from hp_plugin.planner.counts.gradients import bucket_parameters, chunk_sync, end_of_step, optimizer_bytes
-from hp_plugin.planner.counts.layer import attention_backward, attention_forward, layer, mlp_forward
+from hp_plugin.planner.counts.layer import attention_backward, attention_forward, layer_passes, mlp_forward
 from hp_plugin.planner.counts.program import Collective, collectives, operations, received
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import RankParameters, build_stages
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.hardware import load_hardware
 
 ODD = ModelShape("odd", 3, 40, 12, 6, 20, 72, 104, gated=True)
 """D 40, 12 heads of 20, 6 groups, MLP 72: nothing square."""
 
 
 def share(layout: str, model: ModelShape = ODD, mode: str = "train", seq: int = 24, batch: int = 64) -> Share:
-    return Share(model, Layout.parse(layout), Workload(mode, seq, batch))
+    return Share.on(load_hardware("h100-ib"), model, Layout.parse(layout), Workload(mode, seq, batch))
 
 
 def sizes(mine: Share) -> dict[str, int]:
@@ -39,7 +40,7 @@ def test_stock_tensor_parallel_layer_by_hand() -> None:
     """Without sequence parallelism: one sum of [s, b, D] after each half, forward and backward."""
     mine = share("tp=2,mbs=3")
     hidden = 3 * 24 * 40 * 2
-    passes = layer(mine, moe=False)
+    passes = layer_passes(mine, moe=False)
     assert listed(passes.forward) == [("all_reduce", "tp", hidden)] * 2
     assert listed(passes.backward) == [("all_reduce", "tp", hidden)] * 2
 
@@ -48,7 +49,7 @@ def test_sequence_parallel_layer_by_hand() -> None:
     mine = share("tp=2,mbs=3,sp")
     hidden = 3 * 24 * 40 * 2
     gather, scatter = ("all_gather", "tp", hidden), ("reduce_scatter", "tp", hidden)
-    passes = layer(mine, moe=False)
+    passes = layer_passes(mine, moe=False)
     assert listed(passes.forward) == [gather, scatter] * 2
     # Output gradient gathered, input gathered again for the weight gradient, input gradient scattered: twice.
     assert listed(passes.backward) == [gather, gather, scatter] * 2
@@ -61,15 +62,15 @@ def test_operations_of_a_layer_add_up_over_ranks() -> None:
     attention = 4 * 3 * 12 * seq * seq / 2 * 20
     for text in ("tp=1,mbs=3", "tp=2,mbs=3", "tp=6,mbs=3,sp"):
         mine = share(text)
-        passes = layer(mine, moe=False)
+        passes = layer_passes(mine, moe=False)
         assert operations(passes.forward) * mine.P == pytest.approx(dense + attention), text
         assert operations(passes.backward) * mine.P == pytest.approx(2 * dense + 2.5 * attention), text
 
 
 def test_grids_compute_what_stock_computes() -> None:
-    stock = layer(share("tp=4,mbs=8"), moe=False)
+    stock = layer_passes(share("tp=4,mbs=8"), moe=False)
     for text in ("grid=2x2,exchange=batch,mbs=8", "grid=2x2,exchange=sequence,mbs=8", "grid=1x4,exchange=batch,mbs=8"):
-        grid = layer(share(text), moe=False)
+        grid = layer_passes(share(text), moe=False)
         assert operations(grid.forward) == pytest.approx(operations(stock.forward)), text
         assert operations(grid.backward) == pytest.approx(operations(stock.backward)), text
 
@@ -173,11 +174,11 @@ def test_decode_reads_the_cache_of_its_share() -> None:
 
 
 def test_recomputation_repeats_the_forward_pass_with_its_collectives() -> None:
-    plain, full = layer(share("tp=2,mbs=2"), False), layer(share("tp=2,mbs=2,recompute=full"), False)
+    plain, full = layer_passes(share("tp=2,mbs=2"), False), layer_passes(share("tp=2,mbs=2,recompute=full"), False)
     assert full.backward == plain.forward + plain.backward
     wide = replace(ODD, h=2, g=2, d=512)
-    selective = layer(share("mbs=1,recompute=selective", wide), False)
-    extra = operations(selective.backward) - operations(layer(share("mbs=1", wide), False).backward)
+    selective = layer_passes(share("mbs=1,recompute=selective", wide), False)
+    extra = operations(selective.backward) - operations(layer_passes(share("mbs=1", wide), False).backward)
     assert extra == 2 * 2 * (24 * 24 * 512) * 2  # scores and context of two heads
 
 
@@ -188,18 +189,20 @@ def test_megatron_experts_by_hand() -> None:
     """tp 4, ep 4, 96 tokens: a rank routes 96·2/4 copies of 40 channels there and back."""
     mine = share("tp=4,ep=4,mbs=4,sp", MOE)
     trade, gates = ("all_to_all", "ep", 48 * 40 * 2), ("all_to_all", "ep", 48 * 4)
-    forward = [each for each in listed(layer(mine, moe=True).forward) if each[1] == "ep"]
+    forward = [each for each in listed(layer_passes(mine, moe=True).forward) if each[1] == "ep"]
     assert forward == [("all_gather", "ep", 4 * 8 * 8), trade, gates, trade]  # first, what each rank will send
-    backward = [each for each in listed(layer(mine, moe=True).backward) if each[1] == "ep"]
+    backward = [each for each in listed(layer_passes(mine, moe=True).backward) if each[1] == "ep"]
     assert backward == [trade, trade, gates]
 
 
 def test_without_sequence_parallelism_megatron_routes_the_same_tokens_on_every_rank() -> None:
     mine = share("tp=4,ep=4,mbs=96", MOE, mode="decode", batch=96)
-    trades = [each for each in listed(layer(mine, moe=True).forward) if each[0] == "all_to_all" and each[2] > 4 * 192]
+    trades = [
+        each for each in listed(layer_passes(mine, moe=True).forward) if each[0] == "all_to_all" and each[2] > 4 * 192
+    ]
     assert trades == [("all_to_all", "ep", 96 * 2 * 40 * 2)] * 2
     deepspeed = share("tp=4,ep=4,mbs=96,moe=deepspeed", MOE, mode="decode", batch=96)
-    trades = [each for each in listed(layer(deepspeed, moe=True).forward) if each[0] == "all_to_all"]
+    trades = [each for each in listed(layer_passes(deepspeed, moe=True).forward) if each[0] == "all_to_all"]
     assert trades == [("all_to_all", "ep", 96 * 2 * 40 * 2 / 4)] * 2
 
 
@@ -207,7 +210,7 @@ def test_without_sequence_parallelism_megatron_routes_the_same_tokens_on_every_r
 def test_deepspeeds_own_operators_touch_every_token_on_every_rank(k: int) -> None:
     """In hidden sizes of 16 bit, as counted on deepspeed 0.19.8: 24 (k = 1) and 36 (k = 2) forward, 32 and 49 back."""
     mine = share("tp=4,ep=4,mbs=4,moe=deepspeed", replace(MOE, top_k=k))
-    passes = layer(mine, moe=True)
+    passes = layer_passes(mine, moe=True)
     for program, names, measured in (
         (passes.forward, ("encode tokens", "decode tokens"), {1: 24.2, 2: 35.9}[k]),
         (passes.backward, ("decode gradients", "encode gradients"), {1: 32.2, 2: 49.4}[k]),
@@ -220,15 +223,15 @@ def test_deepspeeds_own_operators_touch_every_token_on_every_rank(k: int) -> Non
 
 def test_deepspeed_experts_gather_what_tensor_ranks_split() -> None:
     mine = share("tp=4,ep=4,mbs=4,moe=deepspeed", MOE)
-    mlp = listed(layer(mine, moe=True).forward)[1:]
+    mlp = listed(layer_passes(mine, moe=True).forward)[1:]
     assert mlp == [("all_to_all", "ep", 48 * 40 * 2)] * 2 + [("all_gather", "tp", 96 * 40 * 2 * 2)]
     replicated = share("dp=4,ep=4,mbs=4,moe=deepspeed", MOE)
-    assert [axis for _, axis, _ in listed(layer(replicated, moe=True).forward)] == ["ep", "ep"]
+    assert [axis for _, axis, _ in listed(layer_passes(replicated, moe=True).forward)] == ["ep", "ep"]
 
 
 def test_expert_operations_add_up_over_ranks() -> None:
     mine = share("tp=4,ep=4,mbs=4,sp", MOE)
-    per_rank = operations(layer(mine, True).forward) - operations(attention_forward(mine))
+    per_rank = operations(layer_passes(mine, True).forward) - operations(attention_forward(mine))
     tokens = 96
     assert per_rank * 4 == pytest.approx(2 * tokens * (2 * 2 * 40 * 72 + 40 * 8))
 
@@ -237,7 +240,7 @@ def test_few_tokens_read_the_experts_they_choose_alone() -> None:
     """Three top-2 tokens choose 6 of 8 experts at most, one row each; 16 rows over 8 experts are 2 rows each."""
     for tokens, experts, rows in ((3, 6, 1), (1, 2, 1), (8, 8, 2)):
         mine = share(f"mbs={tokens}", MOE, mode="decode", batch=tokens)
-        kernels = [kernel for block in layer(mine, True).forward for kernel in block.kernels]
+        kernels = [kernel for block in layer_passes(mine, True).forward for kernel in block.kernels]
         (first,) = [kernel for kernel in kernels if kernel.name == "expert fc1"]
         assert (first.batch, first.m) == (experts, rows)  # type: ignore[union-attr]
 
@@ -318,7 +321,7 @@ def test_routers_of_stock_experts_are_summed_with_the_norms() -> None:
 
 def test_fully_sharded_weights_travel_beside_each_pass() -> None:
     mine = share("dp=4,mbs=2,zero=full,fused=off")
-    passes = layer(mine, False)
+    passes = layer_passes(mine, False)
     parameters = ODD.layer_parameters(False)
     assert listed(passes.forward) == [("all_gather", "dp", parameters * 2)]
     assert listed(passes.backward) == [("all_gather", "dp", parameters * 2), ("reduce_scatter", "dp", parameters * 4)]

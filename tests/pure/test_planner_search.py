@@ -40,7 +40,7 @@ def test_found_is_sorted_and_agrees_with_single_predictions() -> None:
 
 
 def test_refused_layouts_say_why() -> None:
-    reasons = dict((str(layout), reason) for layout, reason in PLAN.refused)
+    reasons = {str(one.layout): one.text for one in PLAN.refused}
     assert "needs a micro-batch size divisible by n: 1 % 4" in reasons["grid=2x4,exchange=batch,mbs=1"]
     assert "m=4 must divide both" in reasons["grid=4x2,exchange=batch,mbs=2"]
 
@@ -103,7 +103,7 @@ def test_of_equals_the_models_own_function_and_stock_come_first() -> None:
 
 def test_only_asked_tensor_sizes_are_tried() -> None:
     plan = make_plan(MODEL, 8, TRAIN, H100, Search(("batch",), tensor_parallel=(2, 8)))
-    assert {found.layout.tp for found in plan.found} | {layout.tp for layout, _ in plan.refused} == {2, 8}
+    assert {found.layout.tp for found in plan.found} | {one.layout.tp for one in plan.refused} == {2, 8}
 
 
 def test_megatron_flags_say_the_layout() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hp_plugin.compare.entries.catalogue import CatalogueModel
+from hp_plugin.planner.counts.feasibility import stock_heads
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
@@ -111,8 +112,7 @@ def _options(model: CatalogueModel, layout: Layout) -> dict[str, Any]:
 
 def _stock_refusal(config: TrainingConfig, world: int) -> str | None:
     """What stock's own configuration says where the TP size does not split the heads; None where it does."""
-    h, g, tp = config.num_attention_heads, config.query_groups, config.tensor_parallel
-    if h % tp == 0 and (g % tp == 0 or tp % g == 0):
+    if not stock_heads(config.num_attention_heads, config.query_groups, config.tensor_parallel):
         return None
     try:
         build_transformer_config(config, world)

@@ -18,7 +18,7 @@ from hp_plugin.compare.entries.planned import model_shape
 from hp_plugin.compare.ranks.running import built
 from hp_plugin.compare.ranks.timing import run_step
 from hp_plugin.compare.ranks.together import seconds_together
-from hp_plugin.planner.counts.layer import layer
+from hp_plugin.planner.counts.layer import layer_passes
 from hp_plugin.planner.counts.program import kernels
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
@@ -115,7 +115,7 @@ def launch_seconds() -> float:
     deeper = replace(config, num_layers=_DEEPER)
     seconds = _forward_seconds(deeper) - _forward_seconds(config)
     workload = Workload("forward", config.seq_length, config.global_batch_size or 1, 4)
-    counted = layer(Share(model_shape(config), Layout(dp=dist.get_world_size(), fused=False), workload), False)
+    counted = layer_passes(Share(model_shape(config), Layout(dp=dist.get_world_size(), fused=False), workload), False)
     return max(seconds, 1e-9) / (_DEEPER - config.num_layers) / len(list(kernels(counted.forward)))
 
 

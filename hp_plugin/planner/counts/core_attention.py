@@ -1,20 +1,8 @@
-"""Core attention as kernels: fused where a stock stack has a fused kernel, else product by product."""
+"""Core attention as kernels: fused where the machine has a fused kernel, else product by product."""
 
 from __future__ import annotations
 
 from hp_plugin.planner.counts.program import FusedAttention, Gemm, Kernel, Stream
-
-FUSED_HEAD_DIM = 256
-"""Largest head dimension that FlashAttention-2/3 and cuDNN train on Hopper.
-
-Sources: flash-attention@0251105 csrc/flash_attn/flash_api.cpp and hopper/flash_api.cpp; TransformerEngine@d0067d0
-common/fused_attn/fused_attn.cpp, where cuDNN 9.10.2 and later take any head dimension forward only.
-"""
-
-
-def is_fused(width: int, training: bool) -> bool:
-    """Whether Transformer Engine would run a fused kernel at this head dimension."""
-    return width <= FUSED_HEAD_DIM or not training
 
 
 def core_forward(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hp_plugin.exchange.rules import RULES
-from hp_plugin.exchange.scores.rule import SCORES_BLOCK, ScoresRule
-from hp_plugin.planner.counts.core_attention import core_backward, core_forward, is_fused
+from hp_plugin.planner.counts.core_attention import core_backward, core_forward
 from hp_plugin.planner.counts.linear import gathered_columns
 from hp_plugin.planner.counts.program import Block, Collective, Gemm, Kernel, Program, Stream
 from hp_plugin.planner.counts.share import Share
@@ -29,57 +28,74 @@ class Exchanged:
 
 
 def exchanged(share: Share) -> Exchanged:
-    """Core attention of one rank under its layout's exchange; stock and n = 1 add nothing."""
-    name = share.exchange
-    if name == "scores":
-        return _scores(share)
-    n = share.layout.n
-    heads, groups, width = share.heads, share.groups, share.model.d
-    samples, queries, keys = share.b, share.s, share.workload.seq
-    before: Program = ()
-    after: Program = ()
-    before_gradient: Program = ()
-    if name == "local":
-        width //= n
-    elif name == "batch":
-        samples //= n
-        before = before_gradient = _trade("qkv", share.qkv_bytes)
-        after = _trade("context", share.context_bytes)
-    elif name == "sequence":
-        queries //= n
-        grouped = 2 * share.model.g * share.model.d / share.P * share.tokens * share.e
-        # Every rank of the dim group gets this rank's slice of all keys and values beside its own queries.
-        sent = share.qkv_bytes - grouped + n * grouped
-        before = before_gradient = _trade("qkv", sent)
-        after = _trade("context", share.context_bytes)
+    """Core attention of one rank and what its layout's exchange adds; stock and n = 1 add nothing."""
+    rule, shape = share.rule, share.attention_shape
+    norms, halves = _slice_norms(share), _rotary_halves(share)
+    trade = _trade("qkv", float(rule.traded_in(shape) * share.e))
+    before, before_gradient = (*norms, *halves, *trade), (*trade, *halves, *norms)
+    after = _trade("context", float(rule.traded_out(shape) * share.e))
     if share.gathers_qkv:
         gathered = share.qkv_bytes * share.P
         before = gathered_columns("qkv", gathered)
         # The gradient of a rank's own heads is laid into zeros of the gathered size, which then are copied apart.
         split = Stream("split qkv gradient", 3 * gathered)
         before_gradient = (Block((split,), (Collective("scatter qkv gradient", "reduce_scatter", "tp", gathered),)),)
-    shape = {
-        "samples": samples, "heads": heads, "groups": groups, "queries": queries, "keys": keys, "width": width,
-        "e": share.e,
-    }  # fmt: skip
+    core, core_gradient = _core(share)
+    return Exchanged(before, core, after, core_gradient, before_gradient)
+
+
+def _core(share: Share) -> tuple[Program, Program]:
+    """Inner attention and its gradient."""
+    blocks = share.rule.score_blocks(share.attention_shape)
+    if blocks:
+        return _summed_blocks(share, blocks)
+    inner, groups, keys = share.inner, share.groups, share.workload.seq
     if share.workload.mode == "decode":
-        cache = 2.0 * samples * groups * width * keys * share.e
-        return Exchanged(before, (Block((Stream("kv cache", cache),)),), after, (), before_gradient)
-    fused = is_fused(width, share.workload.training)
+        cache = 2.0 * inner.samples * groups * inner.channels * keys * share.e
+        return (Block((Stream("kv cache", cache),)),), ()
+    shape = {
+        "samples": inner.samples, "heads": share.heads, "groups": groups, "queries": inner.queries, "keys": keys,
+        "width": inner.channels, "e": share.e,
+    }  # fmt: skip
+    fused = share.fused_attention
     dropout = share.model.dropout and share.workload.training
     core = core_forward(**shape, fused=fused, dropout=dropout)
     gradient = core_backward(**shape, fused=fused, dropout=dropout)
     if share.layout.cp > 1:
-        held = 2.0 * samples * groups * queries * width * share.e
-        ring, ring_gradient = _ring(share, core, held), _ring(share, gradient, 2 * held)
-        return Exchanged(before, ring, after, ring_gradient, before_gradient)
-    return Exchanged(before, (Block(core),), after, (Block(gradient),), before_gradient)
+        held = 2.0 * inner.samples * groups * inner.queries * inner.channels * share.e
+        return _ring(share, core, held), _ring(share, gradient, 2 * held)
+    return (Block(core),), (Block(gradient),)
 
 
 def _trade(what: str, size: float) -> Program:
     """Copy into send order, all-to-all in the dim group, copy out."""
+    if not size:
+        return ()
     copy = Stream(f"reorder {what}", 2 * size)
     return (Block((copy,), (Collective(f"trade {what}", "all_to_all", "dim", size),)), Block((copy,)))
+
+
+def _rotary_halves(share: Share) -> Program:
+    """Rotary pairs that the slices cut apart: each rank's halves, picked and sent to where their partners are."""
+    halves, n = share.rule.rotary_halves(share.attention_shape), share.layout.n
+    if not halves:
+        return ()
+    # An all-to-all's input, of which (n-1)/n are received.
+    size = halves * n / (n - 1) * share.e
+    pick = Stream("pick rotary halves", 2 * size)
+    return (Block((pick,), (Collective("trade halves", "all_to_all", "dim", size),)),)
+
+
+def _slice_norms(share: Share) -> Program:
+    """QK-norm of slices: an fp32 sum of squares (after one for the mean) per head and token, forward and backward."""
+    steps = share.rule.norm_sums(share.attention_shape)
+    if not steps:
+        return ()
+    sums = tuple(
+        Collective(f"norms of {what}", "all_reduce", "dim", 4.0 * share.tokens * heads)
+        for what, heads in (("queries", share.heads), ("keys", share.groups))
+    )
+    return (Block((), sums * steps),)
 
 
 def _ring(share: Share, core: tuple[Kernel, ...], size: float) -> Program:
@@ -89,68 +105,36 @@ def _ring(share: Share, core: tuple[Kernel, ...], size: float) -> Program:
     return (Block(core, sends, overlap=True, pieces=share.layout.cp),)
 
 
-def _scores(share: Share) -> Exchanged:
-    """Partial scores, a block of queries at a time, each block's all-reduce beside the next block's products."""
-    rule = RULES["scores"]
-    assert isinstance(rule, ScoresRule), "the scores exchange has its own rule"
-    shape, n = share.attention_shape, share.layout.n
-    area = rule.score_elements(shape)
-    blocks = -(-share.s // SCORES_BLOCK)
-    slices = share.model.d // n
-    halves = rule.elements(shape) - 2 * (n - 1) * area // n
-    rotate: Program = ()
-    if halves:
-        size = halves * n / (n - 1) * share.e
-        rotate = (
-            Block((Stream("pick rotary halves", 2 * size),), (Collective("trade halves", "all_to_all", "dim", size),)),
-        )
-    ends = [min(start + SCORES_BLOCK, share.s) for start in range(0, share.s, SCORES_BLOCK)]
+def _summed_blocks(share: Share, blocks: Sequence[tuple[int, int]]) -> tuple[Program, Program]:
+    """Partial scores, a block of (queries, keys) at a time, each block's all-reduce beside the next one's products."""
     heads = share.b * share.heads
-    rows = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    e = share.e
+    width, e = share.inner.channels, share.e
+    area = heads * sum(rows * keys for rows, keys in blocks)
 
     def products(*names: str) -> tuple[Gemm, ...]:
         return tuple(
-            Gemm(name, row, slices, end, heads) if name.startswith("to ") else Gemm(name, row, end, slices, heads)
-            for row, end in zip(rows, ends, strict=True)
+            Gemm(name, rows, width, keys, heads) if name.startswith("to ") else Gemm(name, rows, keys, width, heads)
+            for rows, keys in blocks
             for name in names
         )
 
     def reductions(copies: int) -> tuple[Collective, ...]:
         return tuple(
-            Collective("sum scores", "all_reduce", "dim", float(copies * heads * row * end * e))
-            for row, end in zip(rows, ends, strict=True)
+            Collective("sum scores", "all_reduce", "dim", float(copies * heads * rows * keys * e))
+            for rows, keys in blocks
         )
 
     # As the plugin computes them, in fp32: cast, mask, softmax, cast back; and the softmax gradient's products.
     softmax = Stream("softmax of blocks", (2 * e + 20.0) * area, slow=True)
     softmax_gradient = Stream("softmax gradient of blocks", (2 * e + 36.0) * area, slow=True)
-    core = (Block((*products("partial scores", "to context"), softmax), reductions(1), overlap=True, pieces=blocks),)
-    gradient = (
-        Block(
-            (
-                *products("partial scores", "partial probability gradient", "to value gradient"),
-                *products("to query gradient", "to key gradient"),
-                softmax,
-                softmax_gradient,
-            ),
-            reductions(2),
-            overlap=True,
-            pieces=blocks,
-        ),
+    forward: tuple[Kernel, ...] = (*products("partial scores", "to context"), softmax)
+    backward: tuple[Kernel, ...] = (
+        *products("partial scores", "partial probability gradient", "to value gradient"),
+        *products("to query gradient", "to key gradient"),
+        softmax,
+        softmax_gradient,
     )
-    norms = _slice_norms(share)
-    return Exchanged((*norms, *rotate), core, (), gradient, (*rotate, *norms))
-
-
-def _slice_norms(share: Share) -> Program:
-    """QK-norm of slices: an fp32 sum of squares (after one for the mean) per head and token, forward and backward."""
-    model = share.model
-    if not model.qk_norm:
-        return ()
-    steps = 2 if model.norm_biases else 1
-    sums = tuple(
-        Collective(f"norms of {what}", "all_reduce", "dim", 4.0 * share.tokens * heads)
-        for what, heads in (("queries", share.heads), ("keys", share.groups))
+    return (
+        (Block(forward, reductions(1), overlap=True, pieces=len(blocks)),),
+        (Block(backward, reductions(2), overlap=True, pieces=len(blocks)),),
     )
-    return (Block((), sums * steps),)

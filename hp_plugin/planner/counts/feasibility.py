@@ -2,121 +2,177 @@
 
 from __future__ import annotations
 
-from hp_plugin.planner.counts.core_attention import FUSED_HEAD_DIM, is_fused
+from collections.abc import Iterable
+
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.memory import Memory
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import split_layers
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.refusal import Refusal, RefusedError
+
+MEMORY = "memory"
+"""Kind of the refusals whose amount is the bytes that are missing."""
 
 
-def shape_problems(share: Share) -> list[str]:
+def shape_refusals(share: Share) -> list[Refusal]:
     """Everything that keeps these sizes from fitting together; empty if nothing does."""
-    problems = [*_heads(share), *_pipeline(share), *_batch(share), *_features(share)]
-    return problems or _exchange(share)
-
-
-def _heads(share: Share) -> list[str]:
     model, layout = share.model, share.layout
-    said = []
+    found = [*width_refusals(model, layout), *_pipeline(model, layout)]
+    found += [*_batch(share), *_features(share), *_experts(share)]
+    return found or _exchange(share)
+
+
+def stock_heads(h: int, g: int, tp: int) -> list[Refusal]:
+    """What stock attention lacks to split h query and g key/value heads over `tp` ranks."""
+    found = []
+    if h % tp:
+        found.append(Refusal("heads", f"h={h} query heads do not divide over TP={tp}"))
+    if g % tp and tp % g:
+        found.append(Refusal("kv heads", f"g={g} key/value heads neither divide over TP={tp} nor divide it"))
+    return found
+
+
+def width_refusals(model: ModelShape, layout: Layout) -> list[Refusal]:
+    """What keeps heads and MLPs from dividing over the tensor-parallel ranks."""
+    found: list[Refusal] = []
     if layout.grid is None:
-        if model.h % layout.tp:
-            said.append(f"h={model.h} query heads do not divide over TP={layout.tp}")
-        if model.g % layout.tp and layout.tp % model.g:
-            said.append(f"g={model.g} key/value heads neither divide over TP={layout.tp} nor divide it")
+        found += stock_heads(model.h, model.g, layout.tp)
     else:
         try:
             layout.grid.check_heads(model.h, model.g, model.d)
-        except ValueError as error:
-            said.append(str(error))
+        except RefusedError as error:
+            found += error.refusals
     if model.ffn % layout.tp and model.moe_layers < model.layers:
-        said.append(f"MLP width {model.ffn} does not divide over TP={layout.tp}")
-    return said
+        found.append(Refusal("MLP width", f"MLP width {model.ffn} does not divide over TP={layout.tp}"))
+    return found
 
 
-def _pipeline(share: Share) -> list[str]:
-    model, layout = share.model, share.layout
+def _pipeline(model: ModelShape, layout: Layout) -> list[Refusal]:
     if layout.vpp > 1 and layout.pp == 1:
-        return [f"vpp={layout.vpp} needs pipeline parallelism"]
+        return [Refusal("virtual stages", f"vpp={layout.vpp} needs pipeline parallelism")]
     if layout.vpp > 1 and model.layers % layout.stages:
-        return [f"{model.layers} layers do not divide over pp·vpp = {layout.stages} virtual stages"]
+        said = f"{model.layers} layers do not divide over pp·vpp = {layout.stages} virtual stages"
+        return [Refusal("layers", said)]
     if split_layers(model.layers, layout.stages) is None:
-        return [f"{model.layers} layers leave a stage of {layout.stages} empty"]
+        return [Refusal("empty stage", f"{model.layers} layers leave a stage of {layout.stages} empty")]
     return []
 
 
-def _batch(share: Share) -> list[str]:
+def _batch(share: Share) -> list[Refusal]:
     layout, workload = share.layout, share.workload
-    said = []
+    found = []
     per_step = layout.dp * layout.micro_batch
     if workload.global_batch % per_step:
-        said.append(f"global batch {workload.global_batch} is no multiple of dp·mbs = {per_step}")
-    elif layout.vpp > 1 and workload.global_batch // per_step % layout.pp:
-        count = workload.global_batch // per_step
-        said.append(f"{count} micro-batches are no multiple of pp={layout.pp}, as interleaving needs")
+        said = f"global batch {workload.global_batch} is no multiple of dp·mbs = {per_step}"
+        found.append(Refusal("global batch", said))
+    elif layout.vpp > 1 and share.micro_batches % layout.pp:
+        said = f"{share.micro_batches} micro-batches are no multiple of pp={layout.pp}, as interleaving needs"
+        found.append(Refusal("micro-batches", said))
     if layout.cp > 1 and workload.seq % (2 * layout.cp):
-        said.append(f"sequence {workload.seq} is no multiple of 2·cp = {2 * layout.cp}")
+        said = f"sequence {workload.seq} is no multiple of 2·cp = {2 * layout.cp}"
+        found.append(Refusal("context parallelism", said))
     if layout.sp and share.s % layout.tp:
-        said.append(f"{share.s} positions do not divide over TP={layout.tp} for sequence parallelism")
-    return said
+        said = f"{share.s} positions do not divide over TP={layout.tp} for sequence parallelism"
+        found.append(Refusal("sequence parallelism", said))
+    return found
 
 
-def _features(share: Share) -> list[str]:
+def _features(share: Share) -> list[Refusal]:
     model, layout, workload = share.model, share.layout, share.workload
-    said = []
+    found = []
     if 0 < model.learned_positions < workload.seq:
-        said.append(f"{workload.seq} positions are more than the model's {model.learned_positions} learned ones")
+        said = f"{workload.seq} positions are more than the model's {model.learned_positions} learned ones"
+        found.append(Refusal("learned positions", said))
     if layout.tp_overlap and not layout.sp:
-        said.append("tp_overlap (--tp-comm-overlap) needs sequence parallelism")
+        found.append(Refusal("overlap", "tp_overlap (--tp-comm-overlap) needs sequence parallelism"))
     if workload.mode == "decode" and (layout.sp or layout.cp > 1 or layout.vpp > 1):
-        said.append("decode has one position per sequence: no sequence or context parallelism, no virtual stages")
+        said = "decode has one position per sequence: no sequence or context parallelism, no virtual stages"
+        found.append(Refusal("decode", said))
     if layout.zero == "full" and layout.tp * layout.pp * layout.cp * layout.ep > 1:
-        said.append("zero=full (FSDP) is planned for data parallelism alone")
+        found.append(Refusal("FSDP", "zero=full (FSDP) is planned for data parallelism alone"))
     if not workload.training and (layout.recompute != "none" or layout.zero != "optimizer"):
-        said.append("recompute and zero concern training only")
+        found.append(Refusal("training only", "recompute and zero concern training only"))
+    return found
+
+
+def _experts(share: Share) -> list[Refusal]:
+    model, layout = share.model, share.layout
     if not model.experts:
-        if layout.ep > 1:
-            said.append(f"ep={layout.ep} needs a model with experts")
-        return said
+        return [Refusal("no experts", f"ep={layout.ep} needs a model with experts")] if layout.ep > 1 else []
+    found = []
     ranks = layout.tp * layout.cp * layout.dp
     if layout.zero == "full":
-        said.append("zero=full (FSDP) is planned for dense models alone")
+        found.append(Refusal("FSDP of experts", "zero=full (FSDP) is planned for dense models alone"))
     if model.experts % layout.ep:
-        said.append(f"{model.experts} experts do not divide over ep={layout.ep}")
+        found.append(Refusal("experts", f"{model.experts} experts do not divide over ep={layout.ep}"))
     if ranks % layout.ep:
-        said.append(f"ep={layout.ep} does not divide the {ranks} ranks of a pipeline stage")
-    if layout.moe == "megatron" and layout.tp > 1 and not layout.sp and workload.mode != "decode":
-        said.append("Megatron-Core runs MoE under TP only with sequence parallelism (sp)")
-    if layout.moe == "deepspeed" and layout.cp > 1:
-        said.append(f"DeepSpeed-MoE counts tokens per rank and cannot do context parallelism (cp={layout.cp})")
-    if layout.moe == "deepspeed" and layout.ep % layout.tp and layout.tp % layout.ep:
-        said.append(f"DeepSpeed-MoE needs ep={layout.ep} to divide TP={layout.tp} or to be a multiple of it")
-    if layout.moe == "deepspeed" and model.top_k > 2:
-        said.append(f"DeepSpeed-MoE beyond top-2 is not planned (top_k={model.top_k})")
-    return said
+        found.append(Refusal("ep", f"ep={layout.ep} does not divide the {ranks} ranks of a pipeline stage"))
+    if layout.moe == "megatron" and layout.tp > 1 and not layout.sp and share.workload.mode != "decode":
+        said = "Megatron-Core runs MoE under TP only with sequence parallelism (sp)"
+        found.append(Refusal("Megatron MoE", said))
+    if layout.moe == "deepspeed":
+        found += _deepspeed_experts(model, layout)
+    return found
 
 
-def _exchange(share: Share) -> list[str]:
-    layout, workload = share.layout, share.workload
-    decode = workload.mode == "decode"
-    # Asked first: whether one position suits `sequence` is beside the point.
-    name = layout.grid.exchange if decode and layout.grid and layout.n > 1 else None
-    if name not in ("sequence", "scores"):
-        try:
-            name = share.exchange
-        except ValueError as error:
-            return [str(error)]
-    width = share.model.d // (layout.n if name == "local" else 1)
-    if layout.cp > 1 and not is_fused(width, workload.training):
-        return [f"context parallelism trains with fused attention alone, which ends at head dimension {FUSED_HEAD_DIM}"]
-    if name in ("sequence", "scores"):
-        if layout.cp > 1:
-            return [f"exchange `{name}` cannot do context parallelism; batch can"]
-        if decode:
-            return [f"exchange `{name}` has no key/value cache; decode needs batch"]
-    return []
+def _deepspeed_experts(model: ModelShape, layout: Layout) -> list[Refusal]:
+    found = []
+    if layout.cp > 1:
+        said = f"DeepSpeed-MoE counts tokens per rank and cannot do context parallelism (cp={layout.cp})"
+        found.append(Refusal("DeepSpeed-MoE cp", said))
+    if layout.ep % layout.tp and layout.tp % layout.ep:
+        said = f"DeepSpeed-MoE needs ep={layout.ep} to divide TP={layout.tp} or to be a multiple of it"
+        found.append(Refusal("DeepSpeed-MoE ep", said))
+    if model.top_k > 2:
+        said = f"DeepSpeed-MoE beyond top-2 is not planned (top_k={model.top_k})"
+        found.append(Refusal("DeepSpeed-MoE top-k", said))
+    return found
 
 
-def memory_problem(needed: Memory, hardware: Hardware, capacity: float | None = None) -> str | None:
+def _exchange(share: Share) -> list[Refusal]:
+    exchange = share.layout.exchange
+    decode = share.workload.mode == "decode"
+    asked = RULES.get(exchange)
+    if decode and asked is not None and not asked.caches:
+        # Said first: whether one position suits the exchange is beside the point.
+        return [_no_cache(asked.name)]
+    try:
+        rule = share.rule
+    except RefusedError as error:
+        return [Refusal(f"exchange {exchange}", str(error))]
+    if share.layout.cp > 1:
+        if not share.fused_attention:
+            return [_no_fused_kernel(share)]
+        if not rule.stock_core:
+            others = _listed(other.name for other in RULES.values() if other.exact and other.stock_core)
+            said = f"exchange `{rule.name}` cannot do context parallelism; {others} can"
+            return [Refusal(f"context parallelism under {rule.name}", said)]
+    return [_no_cache(rule.name)] if decode and not rule.caches else []
+
+
+def _no_cache(name: str) -> Refusal:
+    others = _listed(other.name for other in RULES.values() if other.exact and other.caches)
+    return Refusal(f"cache under {name}", f"exchange `{name}` has no key/value cache; decode needs {others}")
+
+
+def _no_fused_kernel(share: Share) -> Refusal:
+    training = share.workload.training
+    largest = share.fused_heads.training if training else share.fused_heads.forward
+    said = (
+        f"context parallelism {'trains' if training else 'runs'} with fused attention alone, which ends at head "
+        f"dimension {largest}"
+    )
+    return Refusal("unfused context parallelism", said)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " or ".join(names)
+
+
+def memory_refusal(needed: Memory, hardware: Hardware, capacity: float | None = None) -> Refusal | None:
     """Why the model does not fit into a device's memory (or into `capacity` bytes of it), or None."""
     whole = capacity if capacity is not None else hardware["memory_bytes"]
     free = max(0.0, whole - hardware["reserved_bytes"])
@@ -131,7 +187,8 @@ def memory_problem(needed: Memory, hardware: Hardware, capacity: float | None = 
         "key/value cache": needed.cache,
     }
     largest = max(parts, key=lambda part: parts[part])
-    return (
+    said = (
         f"needs {needed.total / 1e9:.1f} GB of {free / 1e9:.1f} GB that {whole / 1e9:.0f} GB leave "
         f"(most of it {largest}: {parts[largest] / 1e9:.1f} GB)"
     )
+    return Refusal(MEMORY, said, needed.total - free)

@@ -19,7 +19,7 @@ class Passes:
     backward: Program
 
 
-def layer(share: Share, moe: bool) -> Passes:
+def layer_passes(share: Share, moe: bool) -> Passes:
     """A layer with attention and a dense MLP, or experts if `moe`."""
     attention = attention_forward(share)
     mlp = moe_forward(share) if moe else mlp_forward(share)

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rule import STOCK, AttentionShape, ExchangeRule, Inner
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, stage_parameters
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.attention_rate import ANY_HEAD_DIM, FusedHeadDims
+from hp_plugin.planner.machine.hardware import Hardware
 
 
 @dataclass(frozen=True)
 class Share:
-    """Model, layout and workload, and what follows for one rank and micro-batch."""
+    """Model, layout and workload, and what follows for one rank and micro-batch, worked out once.
+
+    Args:
+        fused_heads: the head dimensions that the machine's attention kernel takes; any, where no machine is meant.
+    """
 
     model: ModelShape
     layout: Layout
     workload: Workload
+    fused_heads: FusedHeadDims = ANY_HEAD_DIM
+
+    @classmethod
+    def on(cls, hardware: Hardware, model: ModelShape, layout: Layout, workload: Workload) -> Share:
+        """The share of a rank of this machine."""
+        return cls(model, layout, workload, hardware.attention_kernel(layout.fused).head_dims)
+
+    def recomputing(self, recompute: str) -> Share:
+        """The same share under another choice of what backward computes again."""
+        if recompute == self.layout.recompute:
+            return self
+        other = replace(self, layout=replace(self.layout, recompute=recompute))
+        # Nothing of what is worked out here depends on it.
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name not in other.__dict__})
+        return other
 
     @property
     def P(self) -> int:
@@ -33,12 +57,28 @@ class Share:
         """Sequences in a micro-batch."""
         return self.layout.micro_batch
 
-    @property
+    @cached_property
     def s(self) -> int:
         """Positions of each sequence that this rank's context-parallel share computes."""
         return self.workload.new_tokens_per_sequence // self.layout.cp
 
-    @property
+    @cached_property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step."""
+        return self.workload.global_batch // (self.layout.dp * self.layout.micro_batch)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The virtual pipeline stages, in order; not to be changed by the caller."""
+        return build_stages(self.model, self.layout)
+
+    @cached_property
+    def parameters(self) -> list[RankParameters]:
+        """Parameters of every virtual stage on one rank; not to be changed by the caller."""
+        found = {stage: stage_parameters(self.model, self.layout, stage) for stage in set(self.stages)}
+        return [found[stage] for stage in self.stages]
+
+    @cached_property
     def tokens(self) -> int:
         """Tokens of one micro-batch on one context-parallel rank."""
         return self.b * self.s
@@ -48,12 +88,12 @@ class Share:
         """Whether sequence parallelism is on and there is something to shard."""
         return self.layout.sp and self.P > 1
 
-    @property
+    @cached_property
     def hidden_bytes(self) -> float:
         """Bytes of one [s, b, D] activation."""
         return float(self.tokens * self.model.D * self.e)
 
-    @property
+    @cached_property
     def between_bytes(self) -> float:
         """Bytes of the activation between layers on one rank: a P-th with sequence parallelism."""
         return self.hidden_bytes / (self.P if self.sp else 1)
@@ -73,38 +113,56 @@ class Share:
         """Whether stock attention has fewer key/value heads than ranks and gathers QKV over the TP group."""
         return self.layout.grid is None and self.model.g < self.P
 
-    @property
+    @cached_property
     def qkv_bytes(self) -> float:
         """Bytes of one rank's part of the QKV projection's output."""
         return (self.model.h + 2 * self.model.g) * self.model.d / self.P * self.tokens * self.e
 
-    @property
+    @cached_property
     def context_bytes(self) -> float:
         """Bytes of one rank's part of the attention output."""
         return self.model.h * self.model.d / self.P * self.tokens * self.e
 
-    @property
+    @cached_property
     def attention_shape(self) -> AttentionShape:
         """The layer as the exchange rules see it (on a 1-slice grid of TP heads without a grid)."""
+        model = self.model
         return AttentionShape(
-            s=self.workload.new_tokens_per_sequence,
+            s=self.s,
             b=self.b,
-            h=self.model.h,
-            g=self.model.g,
-            d=self.model.d,
+            h=model.h,
+            g=model.g,
+            d=model.d,
             m=self.layout.m,
             n=self.layout.n,
-            rotary=self.model.d if self.model.rotary else 0,
+            rotary=model.d if model.rotary else 0,
+            qk_norm=("LayerNorm" if model.norm_biases else "RMSNorm") if model.qk_norm else None,
         )
 
-    @property
-    def exchange(self) -> str | None:
-        """The exchange that runs, or None where there is nothing to exchange (no grid, or n = 1).
+    @cached_property
+    def rule(self) -> ExchangeRule:
+        """The facts of the exchange that runs; stock's where there is nothing to exchange (no grid, or n = 1).
 
         Raises:
-            ValueError: the grid's exchange cannot carry this shape.
+            RefusedError: the grid's exchange cannot carry this shape.
         """
         grid = self.layout.grid
-        if grid is None or grid.n == 1:
-            return None
-        return grid.check_shape(self.attention_shape)
+        if grid is None or not self.layout.exchange:
+            return STOCK
+        # Whether a sequence suits an exchange is asked of all of it, whatever context parallelism leaves of it.
+        return RULES[grid.check_shape(replace(self.attention_shape, s=self.workload.new_tokens_per_sequence))]
+
+    @cached_property
+    def inner(self) -> Inner:
+        """What inner attention sees."""
+        return self.rule.inner(self.attention_shape)
+
+    @cached_property
+    def fused_attention(self) -> bool:
+        """Whether the machine has a fused kernel for inner attention's heads."""
+        return self.fused_heads.include(self.inner.channels, self.workload.training)
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether inner attention holds all its scores: stock's does without a fused kernel, exchanges' own do not."""
+        return self.rule.stock_core and not self.fused_attention

@@ -8,10 +8,10 @@ from functools import partial
 
 from hp_plugin.planner.counts.ends import embedding, head
 from hp_plugin.planner.counts.gradients import chunk_sync, end_of_step
-from hp_plugin.planner.counts.layer import Passes, layer
+from hp_plugin.planner.counts.layer import Passes, layer_passes
 from hp_plugin.planner.counts.program import Collective, collectives
 from hp_plugin.planner.counts.share import Share
-from hp_plugin.planner.counts.stages import Stage, build_stages, stage_parameters
+from hp_plugin.planner.counts.stages import Stage
 
 
 def step_collectives(share: Share) -> list[Counter[Collective]]:
@@ -20,16 +20,15 @@ def step_collectives(share: Share) -> list[Counter[Collective]]:
     Messages between stages count where they are sent.
     """
     layout = share.layout
-    stages = build_stages(share.model, layout)
-    micro_batches = share.workload.global_batch // (layout.dp * layout.micro_batch)
     found: list[Counter[Collective]] = []
     for rank in range(layout.pp):
         total: Counter[Collective] = Counter()
-        chunks = stages[rank :: layout.pp]
+        chunks = share.stages[rank :: layout.pp]
+        parameters = share.parameters[rank :: layout.pp]
         for chunk, stage in enumerate(chunks):
             for collective in _passes(share, stage):
-                total[collective] += micro_batches
-            sync = chunk_sync(share, stage_parameters(share.model, layout, stage), rank, chunk)
+                total[collective] += share.micro_batches
+            sync = chunk_sync(share, parameters[chunk], rank, chunk)
             total.update((*sync.gradients, *sync.weights))
         total.update(end_of_step(share, chunks))
         found.append(total)
@@ -51,8 +50,8 @@ def _passes(share: Share, stage: Stage) -> Iterable[Collective]:
     """One micro-batch through one virtual stage, forward and, in training, backward."""
     parts: list[Passes] = []
     for count, part in (
-        (stage.dense, partial(layer, share, False)),
-        (stage.moe, partial(layer, share, True)),
+        (stage.dense, partial(layer_passes, share, False)),
+        (stage.moe, partial(layer_passes, share, True)),
         (int(stage.first), partial(embedding, share)),
         (int(stage.last), partial(head, share)),
     ):

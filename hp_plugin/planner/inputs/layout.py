@@ -88,6 +88,11 @@ class Layout:
         return self.grid.n if self.grid else 1
 
     @property
+    def exchange(self) -> str:
+        """What is asked for between the ranks of the dim axis; empty where there is none (no grid, or n = 1)."""
+        return self.grid.exchange if self.grid is not None and self.grid.n > 1 else ""
+
+    @property
     def stages(self) -> int:
         """Virtual stages in all."""
         return self.pp * self.vpp

@@ -33,13 +33,30 @@ class Occupancy:
         return waves / (waves + self.half_waves) / reference
 
 
+@dataclass(frozen=True)
+class FusedHeadDims:
+    """The largest head dimension that a fused kernel takes, in training and in a forward pass alone; None: any."""
+
+    training: int | None = None
+    forward: int | None = None
+
+    def include(self, width: int, training: bool) -> bool:
+        """Whether the kernel takes heads of this width."""
+        largest = self.training if training else self.forward
+        return largest is None or width <= largest
+
+
+ANY_HEAD_DIM = FusedHeadDims()
+"""Of a kernel without limits."""
+
+
 class AttentionKernel:
     """One fused kernel's measured rates, forward alone and forward with backward.
 
     Args:
         forward, forward_backward: rates for causal and for full attention; the second may lack head dimensions and
             lengths, for which its ratio to the first at the nearest measured point stands in.
-        max_head_dim: the largest head dimension the kernel takes in training.
+        head_dims: the head dimensions that the kernel takes.
     """
 
     def __init__(
@@ -47,12 +64,12 @@ class AttentionKernel:
         name: str,
         forward: Mapping[bool, Rates],
         forward_backward: Mapping[bool, Rates],
-        max_head_dim: int,
+        head_dims: FusedHeadDims,
         occupancy: Occupancy,
         source: str,
     ) -> None:
         self.name = name
-        self.max_head_dim = max_head_dim
+        self.head_dims = head_dims
         self.source = source
         self._forward = forward
         self._both = forward_backward
@@ -60,7 +77,10 @@ class AttentionKernel:
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any], occupancy: Occupancy) -> AttentionKernel:
-        """Reads one entry of a table of kernels (10¹² operations per second)."""
+        """Reads one entry of a table of kernels (10¹² operations per second).
+
+        `max_head_dim` holds in training, and forward, too, where no `max_head_dim_forward` says otherwise (null: any).
+        """
 
         def rates(direction: str, mask: str) -> Rates:
             return {
@@ -72,7 +92,7 @@ class AttentionKernel:
             name,
             {causal: rates("forward", mask) for causal, mask in ((True, "causal"), (False, "full"))},
             {causal: rates("forward_backward", mask) for causal, mask in ((True, "causal"), (False, "full"))},
-            int(entry["max_head_dim"]),
+            _head_dims(entry),
             occupancy,
             str(entry["source"]),
         )
@@ -114,6 +134,12 @@ class AttentionKernel:
         lower = widths[widths.index(upper) - 1]
         share = (width - lower) / (upper - lower)
         return (1 - share) * _along(rates[lower], keys) + share * _along(rates[upper], keys)
+
+
+def _head_dims(entry: Mapping[str, Any]) -> FusedHeadDims:
+    training = int(entry["max_head_dim"])
+    forward = entry.get("max_head_dim_forward", training)
+    return FusedHeadDims(training, None if forward is None else int(forward))
 
 
 def _along(lengths: Mapping[int, float], keys: int) -> float:

@@ -51,6 +51,10 @@ class Hardware:
         """GPUs in one fast-link domain."""
         return int(self["domain"])
 
+    def attention_kernel(self, fused: bool) -> AttentionKernel:
+        """The attention kernel of a Transformer Engine stack (`fused`), or of a plain PyTorch stack."""
+        return self.attention[self.kernels[0 if fused else -1]]
+
     def with_parameter(self, name: str, value: float, kind: str, source: str) -> Hardware:
         """The same machine with one scalar replaced."""
         return replace(self, parameters={**self.parameters, name: Parameter(value, kind, source)})

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hp_plugin.planner.counts.feasibility import shape_problems
-from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.counts.feasibility import width_refusals
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
@@ -65,8 +64,7 @@ class Row:
 
     @property
     def _refusal(self) -> str:
-        share = Share(self.model, Layout(self.tp), Workload("forward", 2 * self.tp, self.gpus))
-        return "not possible" if shape_problems(share) else "no memory"
+        return "not possible" if width_refusals(self.model, Layout(self.tp)) else "no memory"
 
 
 def rows(mode: str) -> Iterator[Row]:

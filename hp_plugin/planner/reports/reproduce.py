@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hp_plugin.planner.counts.feasibility import memory_problem
+from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
@@ -89,7 +89,7 @@ def pair(setting: Setting) -> Pair:
 
     baseline = run(BASELINE)
     grid = max((run(f"grid={shape},exchange=batch") for shape in GRIDS), key=lambda found: found.tokens_per_s)
-    fits = all(memory_problem(found.memory, hardware) is None for found in (baseline, grid))
+    fits = all(memory_refusal(found.memory, hardware) is None for found in (baseline, grid))
     local = max((run(f"grid={shape},exchange=local") for shape in GRIDS), key=lambda found: found.tokens_per_s)
     return Pair(setting, baseline, grid, local, run("tp=16"), fits)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hp_plugin.planner.counts.feasibility import memory_problem
+from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -49,11 +49,11 @@ def sweep(
             except ValueError as error:
                 left_out.append(f"{what} {value}: {error}")
                 continue
-            problem = memory_problem(found.memory, hardware, capacity)
-            if problem is None:
+            refusal = memory_refusal(found.memory, hardware, capacity)
+            if refusal is None:
                 points.append((float(value), found.tokens_per_s))
             else:
-                left_out.append(f"{what} {value}: {changed}: {problem}")
+                left_out.append(f"{what} {value}: {changed}: {refusal.text}")
         if points:
             curves[str(layout)] = points
     if not curves:

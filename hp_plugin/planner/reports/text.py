@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from hp_plugin.planner.counts.gradients import chunk_sync, end_of_step
-from hp_plugin.planner.counts.layer import layer
+from hp_plugin.planner.counts.layer import layer_passes
 from hp_plugin.planner.counts.program import Collective, collectives
-from hp_plugin.planner.counts.share import Share
-from hp_plugin.planner.counts.stages import build_stages, stage_parameters
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.parameter import KINDS, PARAMETERS
 from hp_plugin.planner.machine.placement import placements
@@ -78,11 +75,10 @@ def _wrapped(words: Sequence[str], width: int = 116) -> list[str]:
 def _refusals(plan: Plan) -> list[str]:
     if not plan.refused:
         return []
-    grouped: dict[str, list[str]] = {}
-    for layout, reason in plan.refused:
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for one in plan.refused:
         # One line per rule: the numbers differ, the rule does not.
-        kind = "memory" if reason.startswith("needs ") else re.sub(r"\d+", "#", reason)
-        grouped.setdefault(kind, []).append(f"{layout} {reason}")
+        grouped.setdefault(one.kinds, []).append(f"{one.layout} {one.text}")
     lines = ["", "layouts that cannot run (--list-refused for all), by reason:"]
     for examples in sorted(grouped.values(), key=len, reverse=True):
         lines.append(f"  {len(examples):>5}  for example {examples[0]}")
@@ -91,7 +87,7 @@ def _refusals(plan: Plan) -> list[str]:
 
 def refused_report(plan: Plan) -> list[str]:
     """Every layout that cannot run, with its reason."""
-    return [f"{layout}: {reason}" for layout, reason in plan.refused]
+    return [f"{one.layout}: {one.text}" for one in plan.refused]
 
 
 def explanation(found: Prediction, hardware: Hardware) -> list[str]:
@@ -127,8 +123,7 @@ def explanation(found: Prediction, hardware: Hardware) -> list[str]:
 
 
 def _collectives(found: Prediction, hardware: Hardware) -> list[str]:
-    share = Share(found.model, found.layout, found.workload)
-    passes = layer(share, bool(found.model.experts))
+    passes = layer_passes(found.share, bool(found.model.experts))
     lines = ["collectives of one layer and micro-batch (time alone, without overlap):"]
     for label, program in (("forward", passes.forward), ("backward", passes.backward)):
         if label == "backward" and not found.workload.training:
@@ -139,15 +134,14 @@ def _collectives(found: Prediction, hardware: Hardware) -> list[str]:
 
 def _once(found: Prediction, hardware: Hardware) -> list[str]:
     """What the first pipeline rank exchanges once per step, beside the passes or after them."""
-    share = Share(found.model, found.layout, found.workload)
-    chunks = build_stages(found.model, found.layout)[:: found.layout.pp]
-    said: list[Collective] = []
-    for chunk, stage in enumerate(chunks):
-        sync = chunk_sync(share, stage_parameters(found.model, found.layout, stage), 0, chunk)
-        said += [*sync.gradients, *sync.weights]
-    said += end_of_step(share, chunks)
+    share, pp = found.share, found.layout.pp
+    each: list[Collective] = []
+    for chunk, parameters in enumerate(share.parameters[::pp]):
+        sync = chunk_sync(share, parameters, 0, chunk)
+        each += [*sync.gradients, *sync.weights]
+    each += end_of_step(share, share.stages[::pp])
     lines = ["collectives of one step on the first pipeline rank, gradients and weights beside the passes:"]
-    lines += _listed(found, hardware, "", said)
+    lines += _listed(found, hardware, "", each)
     return lines if len(lines) > 1 else [*lines, "  none"]
 
 

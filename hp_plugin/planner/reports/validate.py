@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
-from hp_plugin.planner.counts.feasibility import memory_problem, shape_problems
-from hp_plugin.planner.counts.memory import memory
+from hp_plugin.planner.counts.feasibility import memory_refusal, shape_refusals
+from hp_plugin.planner.counts.memory import memory_needed
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware
@@ -63,11 +63,8 @@ def _open(row: Row, hardware: Hardware) -> list[Layout]:
         return list(row.layouts)
     fitting = []
     for layout in row.layouts:
-        share = Share(row.model, layout, row.workload)
-        if shape_problems(share):
-            continue
-        count = row.workload.global_batch // (layout.dp * layout.micro_batch)
-        if memory_problem(memory(share, count), hardware) is None:
+        share = Share.on(row.machine(hardware), row.model, layout, row.workload)
+        if not shape_refusals(share) and memory_refusal(memory_needed(share), hardware) is None:
             fitting.append(layout)
     return fitting
 

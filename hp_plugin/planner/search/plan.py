@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from hp_plugin.planner.counts.core_attention import is_fused
-from hp_plugin.planner.counts.feasibility import memory_problem, shape_problems
-from hp_plugin.planner.counts.memory import memory
+from hp_plugin.planner.counts.feasibility import MEMORY, memory_refusal, shape_refusals
+from hp_plugin.planner.counts.memory import MemoryNeeds
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
@@ -15,10 +14,29 @@ from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.search.candidates import Search, candidates
 from hp_plugin.planner.seconds.prediction import Prediction
-from hp_plugin.planner.seconds.step import predict
+from hp_plugin.planner.seconds.step import predict_share
+from hp_plugin.refusal import Refusal, RefusedError
 
 MAX_GPUS = 65_536
 """GPUs beyond which a number is taken for a typing error."""
+
+
+@dataclass(frozen=True)
+class RefusedLayout:
+    """A layout that cannot run, and why."""
+
+    layout: Layout
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which rules say so."""
+        return tuple(refusal.kind for refusal in self.refusals)
+
+    @property
+    def text(self) -> str:
+        """All reasons, for people."""
+        return "; ".join(refusal.text for refusal in self.refusals)
 
 
 @dataclass
@@ -26,7 +44,7 @@ class Plan:
     """What a search found: predictions, fastest first, and why the other layouts cannot run."""
 
     found: list[Prediction] = field(default_factory=list)
-    refused: list[tuple[Layout, str]] = field(default_factory=list)
+    refused: list[RefusedLayout] = field(default_factory=list)
 
     def best_of_each_kind(self) -> list[Prediction]:
         """The fastest prediction of each kind of layout (stock or grid, its sizes and exchange), fastest first."""
@@ -67,11 +85,9 @@ def make_plan(
         if watch is not None:
             watch(number)
         try:
-            found = fitting(model, layout, workload, hardware, capacity)
-        except ValueError as error:
-            plan.refused.append((layout, str(error).removeprefix(f"{layout}: ")))
-            continue
-        plan.found.append(found)
+            plan.found.append(fitting(model, layout, workload, hardware, capacity))
+        except RefusedError as error:
+            plan.refused.append(RefusedLayout(layout, error.refusals))
     if not plan.found:
         raise ValueError(_nothing_fits(model, gpus, workload, search, plan.refused))
     # Of equals, the model's own function and what needs no plugin come first.
@@ -92,30 +108,33 @@ def fitting(
     """The prediction of a layout with the least recomputation that fits into memory.
 
     Raises:
-        ValueError: the layout cannot run the model, or does not fit however much is recomputed.
+        RefusedError: the layout cannot run the model, or does not fit however much is recomputed.
     """
-    said = ""
-    for recompute in _recomputations(model, layout, workload):
-        share = Share(model, replace(layout, recompute=recompute), workload)
-        problems = shape_problems(share)
-        if problems:
-            raise ValueError("; ".join(problems))
-        needed = memory(share, workload.global_batch // (layout.dp * layout.micro_batch))
-        said = memory_problem(needed, hardware, capacity) or ""
-        if not said:
-            return predict(model, share.layout, workload, hardware)
-    raise ValueError(said + (", even with everything recomputed" if workload.training else ""))
+    share = Share.on(hardware, model, layout, workload)
+    refusals = shape_refusals(share)
+    if refusals:
+        raise RefusedError(refusals)
+    needs = MemoryNeeds(share)
+    for recompute in _recomputations(share):
+        needed = needs.recomputing(recompute)
+        refusal = memory_refusal(needed, hardware, capacity)
+        if refusal is None:
+            return predict_share(share.recomputing(recompute), hardware, needed)
+    assert refusal is not None, "there is at least one choice"
+    if workload.training:
+        refusal = replace(refusal, text=f"{refusal.text}, even with everything recomputed")
+    raise RefusedError([refusal])
 
 
-def _recomputations(model: ModelShape, layout: Layout, workload: Workload) -> Iterable[str]:
-    if not workload.training or layout.recompute != "none":
-        return (layout.recompute,)
-    width = model.d // (layout.n if layout.grid and layout.grid.exchange == "local" else 1)
-    return ("none", "full") if is_fused(width, True) else ("none", "selective", "full")
+def _recomputations(share: Share) -> Iterable[str]:
+    if not share.workload.training or share.layout.recompute != "none":
+        return (share.layout.recompute,)
+    # Computing core attention again saves its scores, if it keeps any.
+    return ("none", "selective", "full") if share.keeps_scores else ("none", "full")
 
 
 def _nothing_fits(
-    model: ModelShape, gpus: int, workload: Workload, search: Search, refused: list[tuple[Layout, str]]
+    model: ModelShape, gpus: int, workload: Workload, search: Search, refused: list[RefusedLayout]
 ) -> str:
     batch = (
         f"global batch {workload.global_batch} must be a multiple of the data-parallel size (try --global-batch "
@@ -131,13 +150,14 @@ def _nothing_fits(
                 f"{search.max_micro_batch} sequences each (--max-micro-batch)"
             )
         return f"no layout of {model.name} divides over {gpus} GPUs: {batch}"
-    memory = [said for _, said in refused if said.startswith("needs ")]
-    if memory:
-        least = min(memory, key=lambda said: float(said.split()[1]))
+    # Those that memory alone rules out: the one that lacks least says how much is missing.
+    short = [refusal for one in refused for refusal in one.refusals if refusal.kind == MEMORY]
+    if short:
+        least = min(short, key=lambda refusal: refusal.amount)
         return (
             f"no layout of {model.name} ({model.parameters / 1e9:.1f} B parameters) fits on {gpus} GPUs: the smallest "
-            f"{least}; use more GPUs, a smaller model or --memory-gb"
+            f"{least.text}; use more GPUs, a smaller model or --memory-gb"
         )
-    reasons = sorted({said for _, said in refused}, key=len)
+    reasons = sorted({one.text for one in refused}, key=len)
     way_out = f"; or {batch}" if workload.global_batch % gpus else ""
     return f"no layout of {model.name} runs on {gpus} GPUs: {reasons[0]}{way_out}"

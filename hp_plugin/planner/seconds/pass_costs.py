@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from hp_plugin.planner.counts.ends import embedding, head
-from hp_plugin.planner.counts.layer import Passes, layer
+from hp_plugin.planner.counts.layer import Passes, layer_passes
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.placement import Placement
@@ -17,25 +17,37 @@ PARTS = ("dense", "moe", "first", "last")
 """A dense layer, a MoE layer, what precedes the first and what follows the last layer."""
 
 
-def part_costs(hardware: Hardware, groups: Mapping[str, Placement], share: Share, part: str) -> tuple[Cost, Cost]:
-    """Forward and backward cost of one of `PARTS` for one micro-batch; not to be changed by the caller."""
+class PassCosts:
+    """Forward and backward costs of `PARTS` for one micro-batch, each worked out when it is first asked for."""
+
+    def __init__(self, hardware: Hardware, groups: Mapping[str, Placement], share: Share) -> None:
+        self._hardware, self._groups, self._share = hardware, groups, share
+        self._known: dict[str, tuple[Cost, Cost]] = {}
+
+    def of(self, part: str) -> tuple[Cost, Cost]:
+        """Forward and backward cost of one of `PARTS`; not to be changed by the caller."""
+        if part not in self._known:
+            pricer = Pricer(self._hardware, self._groups, self._share.e, self._share.layout.fused)
+            passes = _passes(self._share, part)
+            self._known[part] = pricer.cost(passes.forward), pricer.cost(passes.backward)
+        return self._known[part]
+
+
+def shared_costs(hardware: Hardware, groups: Mapping[str, Placement], share: Share) -> PassCosts:
+    """The costs that a share has in common with every other whose passes look the same."""
     layout = share.layout
+    sharded = layout.zero == "full"
+    axes = ("tp", "dim", "cp", "ep", "dp") if sharded else ("tp", "dim", "cp", "ep")
     # Pipeline stages, replicas and the batch beyond the micro-batch do not enter a pass.
-    alone = replace(layout, pp=1, vpp=1, dp=layout.dp if layout.zero == "full" else 1)
+    alone = replace(layout, pp=1, vpp=1, dp=layout.dp if sharded else 1)
     workload = replace(share.workload, global_batch=1)
-    used = tuple((axis, groups[axis]) for axis in ("tp", "dim", "cp", "ep", "dp"))
-    if layout.zero != "full":
-        used = used[:-1]
-    return _part_costs(hardware, used, Share(share.model, alone, workload), part)
+    used = tuple((axis, groups[axis]) for axis in axes)
+    return _costs(hardware, used, replace(share, layout=alone, workload=workload))
 
 
 @lru_cache(maxsize=65536)
-def _part_costs(
-    hardware: Hardware, groups: tuple[tuple[str, Placement], ...], share: Share, part: str
-) -> tuple[Cost, Cost]:
-    pricer = Pricer(hardware, dict(groups), share.e, share.layout.fused)
-    passes = _passes(share, part)
-    return pricer.cost(passes.forward), pricer.cost(passes.backward)
+def _costs(hardware: Hardware, groups: tuple[tuple[str, Placement], ...], share: Share) -> PassCosts:
+    return PassCosts(hardware, dict(groups), share)
 
 
 def _passes(share: Share, part: str) -> Passes:
@@ -43,4 +55,4 @@ def _passes(share: Share, part: str) -> Passes:
         return embedding(share)
     if part == "last":
         return head(share)
-    return layer(share, part == "moe")
+    return layer_passes(share, part == "moe")

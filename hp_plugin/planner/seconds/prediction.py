@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hp_plugin.planner.counts.memory import Memory
+from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -17,6 +18,7 @@ class Prediction:
 
     Args:
         step: seconds of the whole step. compute: seconds kernels run.
+        share: model, layout and workload as one rank sees them.
         waiting: seconds spent in collectives and waiting for them, by group axis; `pipeline` is waiting for other
             stages and sending to them.
         hidden: seconds of collectives that ran beside kernels, by group axis.
@@ -24,17 +26,34 @@ class Prediction:
         events: the simulated step, one rank of each pipeline stage.
     """
 
-    model: ModelShape
-    layout: Layout
-    workload: Workload
+    share: Share
     step: float
     compute: float
     waiting: dict[str, float]
     hidden: dict[str, float]
     kernels: dict[str, float]
     memory: Memory
-    micro_batches: int
     events: list[Event] = field(default_factory=list)
+
+    @property
+    def model(self) -> ModelShape:
+        """What is run."""
+        return self.share.model
+
+    @property
+    def layout(self) -> Layout:
+        """How it is spread."""
+        return self.share.layout
+
+    @property
+    def workload(self) -> Workload:
+        """On what."""
+        return self.share.workload
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the step."""
+        return self.share.micro_batches
 
     @property
     def tokens_per_s(self) -> float:

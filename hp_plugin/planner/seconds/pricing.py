@@ -75,8 +75,7 @@ class Pricer:
         self.hardware = hardware
         self.placements = placements
         self._itemsize = itemsize
-        wanted = hardware.kernels[0 if fused else -1]
-        self._attention = hardware.attention[wanted]
+        self._attention = hardware.attention_kernel(fused)
         self._efficiency = hardware["gemm_efficiency"]
         self._gap = hardware["kernel_gap_s"]
         self._taken = hardware["collective_multiprocessors"] / hardware["multiprocessors"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hp_plugin.planner.counts.feasibility import shape_problems
+from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.gradients import end_of_step, optimizer_bytes
-from hp_plugin.planner.counts.memory import memory
+from hp_plugin.planner.counts.memory import Memory, memory_needed
 from hp_plugin.planner.counts.program import Collective, Stream
 from hp_plugin.planner.counts.share import Share
-from hp_plugin.planner.counts.stages import Stage, build_stages, stage_parameters
+from hp_plugin.planner.counts.stages import Stage
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -15,10 +15,11 @@ from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.placement import placements
 from hp_plugin.planner.seconds.decode import decode_period
 from hp_plugin.planner.seconds.gradient_overlap import gradient_ends, plan_overlap
-from hp_plugin.planner.seconds.pass_costs import part_costs
+from hp_plugin.planner.seconds.pass_costs import PassCosts, shared_costs
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.pricing import Cost, Pricer
 from hp_plugin.planner.seconds.timeline import Event, PassTimes, Pipeline, Timeline, simulate
+from hp_plugin.refusal import Refusal, RefusedError
 
 
 def predict(
@@ -31,52 +32,64 @@ def predict(
             and counted as often as it repeats.
 
     Raises:
-        ValueError: the layout cannot run this model; all reasons are named.
+        RefusedError: the layout cannot run this model; all reasons are named.
     """
-    share = Share(model, layout, workload)
-    problems = shape_problems(share)
-    if problems:
-        raise ValueError(f"{layout}: " + "; ".join(problems))
-    return _Step(share, hardware).prediction(full_timeline)
+    share = Share.on(hardware, model, layout, workload)
+    refusals = shape_refusals(share)
+    if refusals:
+        raise RefusedError(refusals, str(layout))
+    return predict_share(share, hardware, memory_needed(share), full_timeline)
+
+
+def predict_share(share: Share, hardware: Hardware, needed: Memory, full_timeline: bool = False) -> Prediction:
+    """Predicts one step of a share that has no `shape_refusals`; `needed` is its memory.
+
+    Raises:
+        RefusedError: this machine's links rule the layout out.
+    """
+    return _Step(share, hardware, needed).prediction(full_timeline)
 
 
 class _Step:
     """Everything that one prediction works out on the way."""
 
-    def __init__(self, share: Share, hardware: Hardware) -> None:
+    def __init__(self, share: Share, hardware: Hardware, needed: Memory) -> None:
         self.share = share
+        self.needed = needed
         layout = share.layout
         self.groups = placements(
             layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain
         )
         if layout.tp_overlap and self.groups["tp"].domains > 1:
-            raise ValueError(
-                f"{layout}: tp_overlap (--tp-comm-overlap) needs TP ranks in one fast-link domain of "
-                f"{hardware.domain}, and TP={layout.tp} spans {self.groups['tp'].domains}"
+            said = (
+                f"tp_overlap (--tp-comm-overlap) needs TP ranks in one fast-link domain of {hardware.domain}, and "
+                f"TP={layout.tp} spans {self.groups['tp'].domains}"
             )
+            raise RefusedError([Refusal("overlap across domains", said)], str(layout))
         self.pricer = Pricer(hardware, self.groups, share.e, layout.fused)
-        self.stages = build_stages(share.model, layout)
-        parameters = {stage: stage_parameters(share.model, layout, stage) for stage in set(self.stages)}
-        self._chunks = [[parameters[stage] for stage in self.stages[rank :: layout.pp]] for rank in range(layout.pp)]
-        self.micro_batches = share.workload.global_batch // (layout.dp * layout.micro_batch)
+        self.stages = share.stages
+        self._chunks = [share.parameters[rank :: layout.pp] for rank in range(layout.pp)]
+        self.micro_batches = share.micro_batches
         self.forward, self.backward = self._pass_costs(hardware)
         self.transfer = self._transfer()
         self.overlap = plan_overlap(share, self.pricer, self._chunks, self.forward, self.backward)
 
     def _pass_costs(self, hardware: Hardware) -> tuple[list[Cost], list[Cost]]:
         """Forward and backward cost of one micro-batch, per virtual stage."""
-        by_kind = {stage: self._stage_costs(hardware, stage) for stage in set(self.stages)}
+        costs = shared_costs(hardware, self.groups, self.share)
+        by_kind = {stage: self._stage_costs(costs, stage) for stage in set(self.stages)}
         forward = [by_kind[stage][0] for stage in self.stages]
         return forward, [by_kind[stage][1] for stage in self.stages] if self.share.workload.training else []
 
-    def _stage_costs(self, hardware: Hardware, stage: Stage) -> tuple[Cost, Cost]:
+    @staticmethod
+    def _stage_costs(costs: PassCosts, stage: Stage) -> tuple[Cost, Cost]:
         ahead, back = Cost(), Cost()
         counts = {"dense": stage.dense, "moe": stage.moe, "first": int(stage.first), "last": int(stage.last)}
         for part, count in counts.items():
             if count:
-                costs = part_costs(hardware, self.groups, self.share, part)
-                ahead.add(costs[0], count)
-                back.add(costs[1], count)
+                once = costs.of(part)
+                ahead.add(once[0], count)
+                back.add(once[1], count)
         return ahead, back
 
     def _transfer(self) -> float:
@@ -169,16 +182,13 @@ class _Step:
         waiting["pipeline"] = step - mean.compute - sum(waiting.values())
         self._finish_events(line, passes_end + tail, closing, optimizer)
         return Prediction(
-            share.model,
-            share.layout,
-            share.workload,
+            share,
             step,
             mean.compute,
             {axis: seconds for axis, seconds in waiting.items() if seconds > 1e-12},
             mean.hidden_by,
             mean.compute_by,
-            memory(share, self.micro_batches),
-            self.micro_batches,
+            self.needed,
             line.events,
         )
 
@@ -202,14 +212,11 @@ class _Step:
         waiting = dict(mean.exposed_by)
         waiting["pipeline"] = period - mean.seconds
         return Prediction(
-            share.model,
-            share.layout,
-            share.workload,
+            share,
             period,
             mean.compute,
             {axis: seconds for axis, seconds in waiting.items() if seconds > 1e-12},
             mean.hidden_by,
             mean.compute_by,
-            memory(share, self.micro_batches),
-            self.micro_batches,
+            self.needed,
         )

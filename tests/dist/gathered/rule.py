@@ -11,5 +11,6 @@ class GatheredRule(ExchangeRule):
     name = "gathered"
     moves = "all-gather of q, k, v slices; each rank keeps its slice of the output"
 
-    def elements(self, shape: AttentionShape) -> int:
-        return (shape.n - 1) * (shape.query_slots + 2 * shape.g // shape.m) * shape.slice_size
+    def traded_in(self, shape: AttentionShape) -> int:
+        # To gather is to send the same to each of the n ranks.
+        return shape.n * (shape.query_slots + shape.key_value_slots) * shape.slice_size
