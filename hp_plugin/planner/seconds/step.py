@@ -37,7 +37,7 @@ def predict(
     share = Share.on(hardware, model, layout, workload)
     refusals = shape_refusals(share)
     if refusals:
-        raise RefusedError(refusals, str(layout))
+        raise RefusedError(refusals, f"{layout}: ")
     return predict_share(share, hardware, memory_needed(share), full_timeline)
 
 
@@ -65,7 +65,7 @@ class _Step:
                 f"tp_overlap (--tp-comm-overlap) needs TP ranks in one fast-link domain of {hardware.domain}, and "
                 f"TP={layout.tp} spans {self.groups['tp'].domains}"
             )
-            raise RefusedError([Refusal("overlap across domains", said)], str(layout))
+            raise RefusedError([Refusal("overlap across domains", said)], f"{layout}: ")
         self.pricer = Pricer(hardware, self.groups, share.e, layout.fused)
         self.stages = share.stages
         self._chunks = [share.parameters[rank :: layout.pp] for rank in range(layout.pp)]
