@@ -126,7 +126,8 @@ def test_norms_of_slices_sum_for_every_head_and_token() -> None:
     plain = SHAPES[0]
     for norm, sums in (("RMSNorm", 1), ("L2Norm", 1), ("LayerNorm", 2)):
         shape = replace(plain, qk_norm=norm)
-        assert {name: rule.norm_sums(shape) for name, rule in RULES.items() if rule.norm_sums(shape)} == {"scores": sums}
+        assert RULES["scores"].norm_sums(shape) == sums
+        assert {rule.norm_sums(shape) for rule in (STOCK, RULES["batch"], RULES["sequence"], LocalRule())} == {0}
         # Summed by an all-reduce over 2 ranks, and whole in fp32 beside 16-bit scores.
         more = ScoresRule().bytes(shape, 2) - ScoresRule().bytes(plain, 2)
         assert more == 4 * sums * (12 + 3) // 3 * 24 * 6
