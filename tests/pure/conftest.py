@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-UPSTREAM = ("torch", "numpy", "megatron", "deepspeed", "transformer_engine", "matplotlib")
+UPSTREAM = ("torch", "numpy", "megatron", "deepspeed", "transformer_engine", "matplotlib", "transformers")
 
 
 class NotHere:

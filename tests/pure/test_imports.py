@@ -55,8 +55,9 @@ PLACES = {
 }
 # Names of the package root are loaded on first use.
 PLACES["hp_plugin"] = (0, -1)
-# Drawing is the one thing on floor 0 that needs more than Python, and only when a picture is asked for.
-LAZY_ON_FLOOR_0 = {"matplotlib"}
+# What floor 0 takes from elsewhere, and only when it is asked for: pictures, and defaults of Hugging Face's models, for
+# which a table stands in.
+LAZY_ON_FLOOR_0 = {"matplotlib", "transformers"}
 # Read, because torch's launcher sets them; no option is an environment variable.
 LAUNCHER_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),

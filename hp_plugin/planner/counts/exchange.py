@@ -51,7 +51,7 @@ def _core(share: Share) -> tuple[Program, Program]:
         return _summed_blocks(share, blocks)
     inner, groups, keys = share.inner, share.groups, share.workload.seq
     if share.workload.mode == "decode":
-        cache = 2.0 * inner.samples * groups * inner.channels * keys * share.e
+        cache = 2.0 * inner.samples * groups * inner.channels * keys * share.e * share.model.remembered(keys)
         return (Block((Stream("kv cache", cache),)),), ()
     shape = {
         "samples": inner.samples, "heads": share.heads, "groups": groups, "queries": inner.queries, "keys": keys,

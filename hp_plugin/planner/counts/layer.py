@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hp_plugin.planner.counts.exchange import exchanged
 from hp_plugin.planner.counts.linear import column_backward, column_forward, row_backward, row_forward
 from hp_plugin.planner.counts.moe import moe_backward, moe_forward
-from hp_plugin.planner.counts.program import Block, Collective, Program, Stream, beside
+from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Program, Stream, beside
 from hp_plugin.planner.counts.share import Share
 
 
@@ -29,7 +29,7 @@ def layer_passes(share: Share, moe: bool) -> Passes:
     if recompute == "full":
         backward = forward + backward
     elif recompute == "selective":
-        backward = exchanged(share).core + backward
+        backward = _windowed(share, exchanged(share).core) + backward
     if share.layout.zero == "full":
         return Passes(*_sharded(share, moe, forward, backward))
     return Passes(forward, backward)
@@ -45,9 +45,10 @@ def attention_forward(share: Share) -> Program:
         *column_forward(share, "qkv", rows),
         *parts.before,
         *_rotary(share),
-        *parts.core,
+        *_windowed(share, parts.core),
         *parts.after,
         *row_forward(share, "proj", model.h * model.d // share.P),
+        *_norm_after(share, 2),
         _residual(share),
     )
 
@@ -59,9 +60,10 @@ def attention_backward(share: Share) -> Program:
     parts = exchanged(share)
     return (
         _residual(share),
+        *_norm_after(share, 3),
         *row_backward(share, "proj", model.h * model.d // share.P),
         *parts.after_gradient,
-        *parts.core_gradient,
+        *_windowed(share, parts.core_gradient),
         *_rotary(share),
         *parts.before_gradient,
         *column_backward(share, "qkv", rows),
@@ -78,6 +80,7 @@ def mlp_forward(share: Share) -> Program:
         *column_forward(share, "fc1", first),
         Block((Stream("activation", float(first + inner) * share.tokens * share.e),)),
         *row_forward(share, "fc2", inner),
+        *_norm_after(share, 2),
         _residual(share),
     )
 
@@ -88,6 +91,7 @@ def mlp_backward(share: Share) -> Program:
     first = inner * (2 if share.model.gated else 1)
     return (
         _residual(share),
+        *_norm_after(share, 3),
         *row_backward(share, "fc2", inner),
         Block((Stream("activation gradient", float(2 * first + inner) * share.tokens * share.e),)),
         *column_backward(share, "fc1", first),
@@ -101,6 +105,29 @@ def _norm(share: Share, passes: int) -> Block:
     return Block((Stream("norm", factor * passes * share.between_bytes),))
 
 
+def _windowed(share: Share, program: Program) -> Program:
+    """Fused attention skips what a window hides; layers are priced alike, at the mean of those with and without."""
+    if not share.model.window:
+        return program
+    return tuple(
+        replace(
+            block,
+            kernels=tuple(
+                replace(kernel, pairs=kernel.pairs * share.model.attended(kernel.keys))
+                if isinstance(kernel, FusedAttention)
+                else kernel
+                for kernel in block.kernels
+            ),
+        )
+        for block in program
+    )
+
+
+def _norm_after(share: Share, passes: int) -> Program:
+    """The norm of what attention or the MLP gives, in layers that have one beside the norm before."""
+    return (_norm(share, passes),) if share.model.norms > 2 else ()
+
+
 def _residual(share: Share) -> Block:
     """Two reads and a write, and the dropout mask's byte per element."""
     masks = share.between_bytes / share.e if share.model.dropout else 0.0
@@ -111,7 +138,7 @@ def _rotary(share: Share) -> Program:
     model = share.model
     if not model.rotary:
         return ()
-    rotated = (model.h + model.g) * model.d / share.P * share.tokens * share.e
+    rotated = (model.h + model.g) * model.d * model.rotary_percent / share.P * share.tokens * share.e
     return (Block((Stream("rotary embedding", 2 * rotated),)),)
 
 

@@ -135,7 +135,7 @@ class Share:
             d=model.d,
             m=self.layout.m,
             n=self.layout.n,
-            rotary=model.d if model.rotary else 0,
+            rotary=round(model.d * model.rotary_percent) if model.rotary else 0,
             qk_norm=("LayerNorm" if model.norm_biases else "RMSNorm") if model.qk_norm else None,
         )
 

@@ -66,7 +66,7 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankPar
     """
     tp = layout.tp
     biases = row_biases(model, stage)
-    norms = 2 * model.norm_parameters + model.qk_norm_parameters
+    norms = model.norms * model.norm_parameters + model.qk_norm_parameters
     replicated = norms * stage.layers + stage.moe * model.D * model.experts + biases
     sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters - biases
     experts = stage.moe * model.experts // layout.ep * model.mlp_parameters
@@ -82,4 +82,6 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankPar
 
 def row_biases(model: ModelShape, stage: Stage) -> int:
     """Biases after the row-parallel layers (the projection and, in dense MLPs, the second linear) of a stage."""
-    return model.D * (2 * stage.dense + stage.moe) if model.biases else 0
+    after_attention = stage.layers if model.biases or model.proj_bias else 0
+    after_mlp = stage.dense if model.biases or model.mlp_bias else 0
+    return model.D * (after_attention + after_mlp)

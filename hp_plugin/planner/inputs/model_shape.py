@@ -8,8 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.planner.inputs import hugging_face
+from hp_plugin.planner.inputs.hugging_face import fields as hugging_face
 from hp_plugin.planner.machine.json_file import package_json, read_object
+
+ACTIVATIONS = ("", "silu", "gelu", "quick_gelu", "squared_relu")
+"""What an MLP's activation may be; "" is SiLU in gated ones and GELU in others."""
 
 MAX_LAYERS = 10_000
 """Layers beyond which a model is taken for a typing error."""
@@ -27,8 +30,15 @@ class ModelShape:
         experts: experts per MoE layer, 0 for a dense model; top_k of them see a token; every `moe_every`-th layer
             (counted from the first) is a MoE layer.
         dropout: whether attention and hidden dropout are on.
-        qkv_bias: whether the QKV projection has a bias where other layers have none. qk_norm: whether every query and
-            key head is normalized.
+        qkv_bias, proj_bias, mlp_bias: whether the QKV projection, the output projection or the MLP's linears have a
+            bias where other layers have none. qk_norm: whether every query and key head is normalized.
+        norms: norms of the hidden size per layer. norm_one_plus: whether they multiply by one plus their weight.
+        activation: the MLP's, where it is not SiLU (gated) or GELU (not gated).
+        window: positions that a query sees (itself included), 0 for all before it; in every `window_every`-th layer it
+            sees all (0: in none).
+        rotary_percent: share of a head's dimension that is rotated. rotary_scaling: Llama 3's factor, 0 for none.
+            rotary_interpolation: factor by which positions are divided, 0 for none.
+        unbuilt: parts that are counted, and that no flag of Megatron-LM's pretrain_gpt.py builds.
 
     Raises:
         ValueError: sizes that contradict each other.
@@ -54,16 +64,39 @@ class ModelShape:
     moe_every: int = 1
     qkv_bias: bool = False
     qk_norm: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    norms: int = 2
+    norm_one_plus: bool = False
+    norm_epsilon: float = 1e-5
+    activation: str = ""
+    window: int = 0
+    window_every: int = 0
+    rotary_base: int = 10_000
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    rotary_scaling: float = 0.0
+    rotary_interpolation: int = 0
+    unbuilt: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("layers", "D", "h", "g", "d", "ffn", "top_k", "moe_every"):
+        for name in ("layers", "D", "h", "g", "d", "ffn", "top_k", "moe_every", "norms", "rotary_base"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"model {self.name}: {name} must be a positive integer, got {value!r}")
-        for name in ("vocab", "learned_positions", "experts"):
+        for name in ("vocab", "learned_positions", "experts", "window", "window_every", "rotary_interpolation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {value!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"model {self.name}: activation {self.activation!r} is none of {', '.join(ACTIVATIONS[1:])}"
+            )
+        if not (0 < self.rotary_percent <= 1 and self.norm_epsilon > 0 and self.rotary_scaling >= 0):
+            raise ValueError(
+                f"model {self.name}: rotary_percent={self.rotary_percent:g} is a share, norm_epsilon="
+                f"{self.norm_epsilon:g} and rotary_scaling={self.rotary_scaling:g} are not negative"
+            )
         if self.layers > MAX_LAYERS:
             raise ValueError(f"model {self.name}: {self.layers} layers; models of up to {MAX_LAYERS} are planned")
         if self.h % self.g:
@@ -84,14 +117,14 @@ class ModelShape:
     def attention_parameters(self) -> int:
         """Parameters of one layer's QKV and output projections."""
         rows = (self.h + 2 * self.g) * self.d
-        biases = rows + self.D if self.biases else rows if self.qkv_bias else 0
+        biases = rows * (self.biases or self.qkv_bias) + self.D * (self.biases or self.proj_bias)
         return self.D * rows + self.h * self.d * self.D + biases
 
     @property
     def mlp_parameters(self) -> int:
         """Parameters of one dense MLP, or of one expert."""
         inner = (2 if self.gated else 1) * self.ffn
-        return self.D * inner + self.ffn * self.D + (inner + self.D if self.biases else 0)
+        return self.D * inner + self.ffn * self.D + (inner + self.D if self.biases or self.mlp_bias else 0)
 
     @property
     def norm_parameters(self) -> int:
@@ -106,7 +139,7 @@ class ModelShape:
     def layer_parameters(self, moe: bool) -> int:
         """Parameters of one layer, all experts and the router counted."""
         mlp = self.experts * self.mlp_parameters + self.D * self.experts if moe else self.mlp_parameters
-        return self.attention_parameters + mlp + 2 * self.norm_parameters + self.qk_norm_parameters
+        return self.attention_parameters + mlp + self.norms * self.norm_parameters + self.qk_norm_parameters
 
     @property
     def embedding_parameters(self) -> int:
@@ -126,6 +159,23 @@ class ModelShape:
         idle = self.moe_layers * (self.experts - self.top_k) * self.mlp_parameters
         return self.parameters - idle
 
+    def attended(self, positions: int) -> float:
+        """Pairs of query and key that attention computes, over those without a window: the mean of the layers.
+
+        Causal over `positions`: of s²/2 pairs a window of w leaves s·w - w²/2.
+        """
+        inside = min(1.0, self.window / positions) if self.window else 1.0
+        return self._mean_of_layers(inside * (2 - inside))
+
+    def remembered(self, positions: int) -> float:
+        """Share of `positions` cached keys and values that a new token's query reads: the mean of the layers."""
+        return self._mean_of_layers(min(1.0, self.window / positions) if self.window else 1.0)
+
+    def _mean_of_layers(self, windowed: float) -> float:
+        """The mean of `windowed` in layers with a window and of 1 in those without."""
+        whole = self.layers // self.window_every if self.window_every else 0
+        return (whole + (self.layers - whole) * windowed) / self.layers
+
     def matmul_operations(self, tokens: int, seq: int, causal: bool = False) -> float:
         """Operations of one forward pass over `tokens` tokens in sequences of `seq`: matrix products only.
 
@@ -135,7 +185,7 @@ class ModelShape:
         weights = self.layers * (self.D * (self.h + 2 * self.g) * self.d + self.h * self.d * self.D)
         mlp = (3 if self.gated else 2) * self.D * self.ffn
         weights += (self.layers - self.moe_layers) * mlp + self.moe_layers * (self.top_k * mlp + self.D * self.experts)
-        attention = self.layers * 2 * self.h * self.d * seq * (0.5 if causal else 1.0)
+        attention = self.layers * 2 * self.h * self.d * seq * (0.5 if causal else 1.0) * self.attended(seq)
         return 2.0 * tokens * (weights + self.vocab * self.D + attention)
 
 
@@ -184,6 +234,17 @@ def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("description", "name")}
 
 
+_TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "an integer"),
+    "float": ((float, int), "a number"),
+    "str": ((str,), "a word"),
+    # Known of Hugging Face's files alone.
+    "tuple[str, ...]": ((tuple,), "nothing in a file"),
+}
+"""Python types of a field's values, by its annotation, and what messages call them."""
+
+
 def _pairs(text: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
@@ -195,11 +256,19 @@ def _pairs(text: str) -> dict[str, Any]:
         if value.lower() in ("true", "false"):
             values[key.strip()] = value.lower() == "true"
             continue
-        try:
-            values[key.strip()] = int(value)
-        except ValueError:
-            raise ValueError(f"model: {key} takes an integer or true/false, got {value!r}") from None
+        values[key.strip()] = _number(key, value)
     return values
+
+
+def _number(key: str, text: str) -> Any:
+    if key.strip() == "activation":
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise ValueError(f"model: {key} takes an integer or true/false, got {text!r}")
 
 
 def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
@@ -209,8 +278,8 @@ def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
             near = get_close_matches(key, allowed, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"model {name}: unknown field {key!r}{hint}")
-        wanted, said = (bool, "true or false") if allowed[key] == "bool" else (int, "an integer")
-        if type(value) is not wanted:
+        wanted, said = _TYPES[allowed[key]]
+        if type(value) not in wanted:
             raise ValueError(f"model {name}: {key} takes {said}, got {value!r}")
     missing = [key for key in ("layers", "D", "h") if key not in values]
     if missing:

@@ -12,7 +12,7 @@ from hp_plugin.planner.counts.program import Collective, collectives
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.parameter import KINDS, PARAMETERS
 from hp_plugin.planner.machine.placement import placements
-from hp_plugin.planner.search.launch_flags import deepspeed_config, megatron_flags
+from hp_plugin.planner.search.launch_flags import deepspeed_config, megatron_flags, not_in_flags
 from hp_plugin.planner.search.plan import Plan
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.pricing import Pricer
@@ -38,6 +38,9 @@ def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
         training = found.workload.training
         what = "to run the fastest" if training else "model and layout flags of the fastest"
         lines += ["", f"{what} {label} layout, {found.layout}:", *_wrapped(megatron_flags(found, dtype))]
+        missing = not_in_flags(found.model)
+        if missing:
+            lines.append(f"no flag of pretrain_gpt.py builds, of {found.model.name}: {'; '.join(missing)}")
         if training and found.layout.pp == 1 and found.layout.cp == 1:
             lines.append(f"DeepSpeed: {json.dumps(deepspeed_config(found, dtype))}")
     return [*lines, *_refusals(plan)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hp_plugin.planner.counts.stages import split_layers
+from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.seconds.prediction import Prediction
 
 
@@ -15,14 +16,19 @@ def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
     flags += [f"--kv-channels {model.d}", f"--ffn-hidden-size {model.ffn}"]
     if model.g != model.h:
         flags += ["--group-query-attention", f"--num-query-groups {model.g}"]
-    flags += ["--swiglu"] if model.gated else []
+    flags += _ACTIVATIONS.get((model.gated, model.activation), [])
     flags += [] if model.norm_biases else ["--normalization RMSNorm"]
+    flags += ["--apply-layernorm-1p"] if model.norm_one_plus else []
+    flags += [f"--norm-epsilon {model.norm_epsilon:g}"] if model.norm_epsilon != 1e-5 else []
     flags += [] if model.biases else ["--disable-bias-linear"]
     flags += ["--add-qkv-bias"] if model.qkv_bias else []
     flags += ["--qk-layernorm"] if model.qk_norm else []
     flags += [] if model.tied else ["--untie-embeddings-and-output-weights"]
-    positions = "rope" if model.rotary else "learned_absolute" if model.learned_positions else "none"
-    flags.append(f"--position-embedding-type {positions}")
+    flags += _position_flags(model)
+    if model.window:
+        # Megatron counts the positions to the left of the query's own.
+        flags.append(f"--window-size {model.window - 1},0")
+        flags += [f"--window-attn-skip-freq {model.window_every}"] if model.window_every else []
     if not model.dropout:
         flags += ["--attention-dropout 0", "--hidden-dropout 0"]
     flags += [f"--vocab-size {model.vocab}"] if model.vocab else []
@@ -32,6 +38,42 @@ def megatron_flags(prediction: Prediction, dtype: str = "bf16") -> list[str]:
         flags += [f"--micro-batch-size {layout.micro_batch}", f"--global-batch-size {workload.global_batch}"]
         flags += ["--grad-reduce-in-bf16"] if dtype == "bf16" and workload.grad_itemsize == 2 else []
     return flags + _parallel_flags(prediction) + _expert_flags(prediction)
+
+
+_ACTIVATIONS = {
+    (True, ""): ["--swiglu"],
+    (True, "silu"): ["--swiglu"],
+    (True, "quick_gelu"): ["--quick-geglu"],
+    (False, "squared_relu"): ["--squared-relu"],
+    (False, ""): [],
+    (False, "gelu"): [],
+}
+"""Flags by whether the MLP is gated and its activation; no flag builds the others."""
+
+
+def _position_flags(model: ModelShape) -> list[str]:
+    positions = "rope" if model.rotary else "learned_absolute" if model.learned_positions else "none"
+    flags = [f"--position-embedding-type {positions}"]
+    if not model.rotary:
+        return flags
+    flags += [f"--rotary-base {model.rotary_base}"] if model.rotary_base != 10_000 else []
+    flags += [f"--rotary-percent {model.rotary_percent:g}"] if model.rotary_percent != 1 else []
+    flags += ["--rotary-interleaved"] if model.rotary_interleaved else []
+    if model.rotary_scaling:
+        flags += ["--use-rope-scaling", f"--rope-scaling-factor {model.rotary_scaling:g}"]
+    if model.rotary_interpolation:
+        flags.append(f"--rotary-seq-len-interpolation-factor {model.rotary_interpolation}")
+    return flags
+
+
+def not_in_flags(model: ModelShape) -> list[str]:
+    """Parts of a model that no flag of Megatron-LM's pretrain_gpt.py builds; they are counted and priced."""
+    said = list(model.unbuilt)
+    if (model.gated, model.activation) not in _ACTIVATIONS:
+        said.append(f"the activation {model.activation}{' of a gated MLP (--swiglu is SiLU)' if model.gated else ''}")
+    said += ["a bias of the attention output projection alone"] if model.proj_bias and not model.biases else []
+    said += ["biases of the MLP alone"] if model.mlp_bias and not model.biases else []
+    return said
 
 
 def _parallel_flags(prediction: Prediction) -> list[str]:
