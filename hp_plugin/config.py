@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import gcd
 
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, resolve
+from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, candidates, resolve
 from hp_plugin.grid.ranks import Grid
 from hp_plugin.refusal import Refusal, RefusedError
 
@@ -164,7 +164,7 @@ class HeadDimConfig:
     @property
     def exact(self) -> bool:
         """Whether the grid computes the model's own attention (only `local` with n > 1 does not)."""
-        return self.n == 1 or self.exchange == AUTO or RULES[self.exchange].exact
+        return all(RULES[name].exact for name in candidates(self.exchange, self.n))
 
 
 def _divisors(number: int) -> list[int]:

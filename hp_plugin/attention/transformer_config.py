@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import AUTO, AUTO_ORDER, RULES, fitting, way_out
+from hp_plugin.exchange.rules import AUTO_ORDER, RULES, fitting, way_out
 from hp_plugin.refusal import Refusal, RefusedError
 
 
@@ -153,7 +153,7 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
 
 
 def _unsupported_by_exchange(config: Any, exchange: str, shape: AttentionShape | None) -> Iterator[Refusal]:
-    if exchange == AUTO:
+    if exchange not in RULES:  # none was asked for by name
         return
     rule, alone = RULES[exchange], stock_core_alone(config)
     if shape is None:

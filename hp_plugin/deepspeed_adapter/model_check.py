@@ -11,7 +11,7 @@ from torch import nn
 
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rules import AUTO
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.grid.groups import HeadDimGroups
 
 
@@ -62,7 +62,7 @@ def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
                 f"{name} was built on the grid {own.grid.m},{own.grid.n} with other groups of ranks than those "
                 "registered now: build the model after the grid"
             )
-        if head_dim.exchange not in (AUTO, layer.head_dim.exchange):
+        if head_dim.exchange in RULES and head_dim.exchange != layer.head_dim.exchange:
             yield (
                 f"the configuration asks for exchange {head_dim.exchange!r}, {name} was built with "
                 f"{layer.head_dim.exchange!r}: give the model's HeadDimTransformerConfig the same"

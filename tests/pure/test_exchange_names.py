@@ -15,6 +15,8 @@ EXCHANGE = PACKAGE / "exchange"
 FOLDERS = {path.parent.name for path in EXCHANGE.glob("*/rule.py")}
 # What `auto` stands for is `exchange/`'s to say; as a default it is a choice for users, like any other value.
 AUTO = "auto"
+# The registry's names for single choices: also these are asked about in `exchange/` alone.
+CONSTANTS = {"AUTO", "IDENTITY", "AUTO_ORDER"}
 # Methods of a string that answer a question about it, or find something by it.
 QUESTIONS = {"startswith", "endswith", "find", "index", "count", "match", "fullmatch", "search", "get", "pop"}
 
@@ -83,7 +85,10 @@ def choices(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield child.lineno, described(parent)
         match parent:
             case ast.Compare() if any(
-                isinstance(inner, ast.Constant) and inner.value == AUTO for inner in ast.walk(parent)
+                (isinstance(inner, ast.Constant) and inner.value == AUTO)
+                or (isinstance(inner, ast.Name) and inner.id in CONSTANTS)
+                or (isinstance(inner, ast.Attribute) and inner.attr in CONSTANTS)
+                for inner in ast.walk(parent)
             ):
                 yield parent.lineno, described(parent)
             case ast.Compare() if mentions_exchange(parent) and has_text(parent) and not named(parent):
@@ -132,6 +137,10 @@ PLANTED = [
     "ok = name not in {'local'}",
     "ok = head_dim.exchange == 'auto'",
     "ok = exchange not in ('auto', other)",
+    "ok = exchange == AUTO",
+    "ok = exchange not in (rules.AUTO, other)",
+    "ok = exchange in AUTO_ORDER",
+    "ok = self.exchange != IDENTITY",
     "match name:\n    case 'batch' | 'sequence': pass",
     "match exchange:\n    case 'auto': pass",
     "match exchange:\n    case str() if exchange == 'local': pass",
