@@ -35,7 +35,7 @@ setup(
     python_requires=ranges["python"],
     install_requires=[*(name + ranges[name] for name in ("torch", "megatron-core")), "numpy", "rich>=13"],
     extras_require={
-        "test": ["mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "tensorboard"],
+        "test": ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "tensorboard"],
         "plot": ["matplotlib>=3.8"],
         "deepspeed": ["deepspeed" + ranges["deepspeed"]],
     },
