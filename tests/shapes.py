@@ -13,9 +13,9 @@ NORMS = (None, "L2Norm", "RMSNorm", "LayerNorm")
 
 
 @st.composite
-def grid_shapes(draw: st.DrawFn, max_m: int = 4, max_n: int = 5) -> AttentionShape:
+def grid_shapes(draw: st.DrawFn, max_m: int = 4, max_n: int = 5, grid: tuple[int, int] | None = None) -> AttentionShape:
     """Any shape that a grid divides: m divides the heads and n the head dimension. The exchanges need not fit it."""
-    m, n = draw(st.integers(1, max_m)), draw(st.integers(1, max_n))
+    m, n = grid or (draw(st.integers(1, max_m)), draw(st.integers(1, max_n)))
     g = m * draw(st.integers(1, 3))
     d = n * draw(st.integers(1, 6))
     return AttentionShape(
@@ -35,7 +35,9 @@ def grid_shapes(draw: st.DrawFn, max_m: int = 4, max_n: int = 5) -> AttentionSha
 
 
 @st.composite
-def divided_shapes(draw: st.DrawFn, max_m: int = 4, max_n: int = 5) -> AttentionShape:
+def divided_shapes(
+    draw: st.DrawFn, max_m: int = 4, max_n: int = 5, grid: tuple[int, int] | None = None
+) -> AttentionShape:
     """Shapes whose batch divides by n and whose sequence divides by 2n, which `batch` and `sequence` carry."""
-    shape = draw(grid_shapes(max_m, max_n))
+    shape = draw(grid_shapes(max_m, max_n, grid))
     return replace(shape, s=2 * shape.n * draw(st.integers(1, 3)), b=shape.n * draw(st.integers(1, 3)))
