@@ -10,7 +10,7 @@ from math import gcd
 
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, candidates, resolve
-from hp_plugin.grid.ranks import Grid
+from hp_plugin.grid.ranks import DIM_INNERMOST, Grid
 from hp_plugin.refusal import Refusal, RefusedError
 
 WIDEST = "auto"
@@ -25,20 +25,23 @@ class HeadDimConfig:
         m: size of the head axis (groups of whole heads).
         n: size of the dim axis (slices of every head's dimension).
         exchange: `batch`, `sequence`, `scores`, `local` or `auto`.
+        order: which axis has neighbouring TP ranks, `dim-innermost` or `head-innermost`. Who owns which slice does not
+            depend on it, so checkpoints do not either.
 
-    `grid` is the arrangement of the ranks that m and n make.
+    `grid` is the arrangement of the ranks that m, n and the order make.
 
     Raises:
-        ValueError: m or n is not a positive integer, or the exchange does not exist.
+        ValueError: m or n is not a positive integer, or the exchange or the order does not exist.
     """
 
     m: int
     n: int
     exchange: str = AUTO
+    order: str = DIM_INNERMOST
     grid: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", Grid(self.m, self.n))
+        object.__setattr__(self, "grid", Grid(self.m, self.n, self.order))
         if self.exchange not in EXCHANGES:
             near = difflib.get_close_matches(str(self.exchange), EXCHANGES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -63,7 +66,7 @@ class HeadDimConfig:
         )
 
     @classmethod
-    def parse(cls, text: str, exchange: str = AUTO) -> HeadDimConfig:
+    def parse(cls, text: str, exchange: str = AUTO, order: str = DIM_INNERMOST) -> HeadDimConfig:
         """Reads "m,n", as `--head-dim-parallel` takes it.
 
         Raises:
@@ -72,13 +75,15 @@ class HeadDimConfig:
         numbers = re.fullmatch(r"\s*([+-]?\d+)\s*,\s*([+-]?\d+)\s*", text)
         if numbers is None:
             raise ValueError(f"--head-dim-parallel takes two integers m,n (for example 4,4), got {text!r}")
-        return cls(int(numbers[1]), int(numbers[2]), exchange)
+        return cls(int(numbers[1]), int(numbers[2]), exchange, order)
 
     @classmethod
-    def widest(cls, tensor_parallel_size: int, query_groups: int, exchange: str = AUTO) -> HeadDimConfig:
+    def widest(
+        cls, tensor_parallel_size: int, query_groups: int, exchange: str = AUTO, order: str = DIM_INNERMOST
+    ) -> HeadDimConfig:
         """The grid of this TP size with the widest head axis the model allows: m = gcd(TP, g)."""
         m = gcd(tensor_parallel_size, query_groups)
-        return cls(m, tensor_parallel_size // m, exchange)
+        return cls(m, tensor_parallel_size // m, exchange, order)
 
     @property
     def size(self) -> int:
@@ -89,6 +94,12 @@ class HeadDimConfig:
     def flag(self) -> str:
         """m and n as `--head-dim-parallel` takes them and checkpoints keep them: "m,n"."""
         return f"{self.m},{self.n}"
+
+    @property
+    def flags(self) -> list[str]:
+        """All of it as command lines take it; the order where it is not the default one."""
+        said = [f"--head-dim-parallel {self.flag}", f"--head-dim-exchange {self.exchange}"]
+        return said if self.order == DIM_INNERMOST else [*said, f"--head-dim-order {self.order}"]
 
     def with_exchange(self, exchange: str) -> HeadDimConfig:
         """The same grid under another exchange."""

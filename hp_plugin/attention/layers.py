@@ -48,7 +48,7 @@ class _GridShard:
         def init_in_owned_order(weight: Tensor) -> None:
             init_method(weight)
             if weight.shape[self.shard_dim] == axis.global_size and groups.grid.size > 1:
-                order = torch.tensor(axis.permutation(), device=weight.device)
+                order = torch.tensor(axis.permutation(groups.grid.owners), device=weight.device)
                 with torch.no_grad():
                     weight.copy_(weight.index_select(self.shard_dim, order))
 

@@ -60,8 +60,8 @@ class HeadDimSelfAttention(SelfAttention):
         groups = HeadDimGroups.from_collection(pg_collection)
         if groups.grid != head_dim.grid:
             raise RuntimeError(
-                f"the model's grid is {head_dim.m} × {head_dim.n}, the initialized one {groups.grid.m} × "
-                f"{groups.grid.n}: initialize_head_dim_parallel and the config must name the same"
+                f"the model's grid is {head_dim.grid}, the initialized one {groups.grid}: "
+                "initialize_head_dim_parallel and the config must name the same"
             )
         check_supported(config, head_dim)
         h, g, d = config.num_attention_heads, config.num_query_groups, config.kv_channels

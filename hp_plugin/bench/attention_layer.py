@@ -29,6 +29,7 @@ from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, RULES
+from hp_plugin.grid.ranks import DIM_INNERMOST
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         cpu_backend.enable()
         torch.set_num_threads(1)
     device = torch.device("cuda" if cuda else "cpu")
-    head_dim = HeadDimConfig.parse(args.head_dim_parallel, args.head_dim_exchange)
+    head_dim = HeadDimConfig.parse(args.head_dim_parallel, args.head_dim_exchange, args.head_dim_order)
     initialize_head_dim_parallel(head_dim)
     layers = {"stock": _layer(args, None).to(device), "grid": _layer(args, head_dim).to(device)}
     shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
@@ -64,6 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One attention layer, grid against stock on the same ranks.")
     parser.add_argument("--head-dim-parallel", default="2,4", help="m,n with m · n = the number of ranks")
     parser.add_argument("--head-dim-exchange", default=AUTO)
+    parser.add_argument("--head-dim-order", default=DIM_INNERMOST)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)

@@ -6,14 +6,16 @@ from typing import Any
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO
+from hp_plugin.grid.ranks import DIM_INNERMOST, Grid
 
 OVERRIDE_FLAG = "--head-dim-allow-other-function"
 
 
 def record_head_dim(arguments: Any, head_dim: HeadDimConfig | None) -> None:
-    """Sets `head_dim_parallel` ("m,n" or None) and `head_dim_exchange` on a namespace that checkpoints keep."""
+    """Sets `head_dim_parallel` ("m,n"), `_exchange` and `_order`, or None, on a namespace that checkpoints keep."""
     arguments.head_dim_parallel = None if head_dim is None else head_dim.flag
     arguments.head_dim_exchange = None if head_dim is None else head_dim.exchange
+    arguments.head_dim_order = None if head_dim is None else head_dim.order
 
 
 def recorded_head_dim(arguments: Any) -> HeadDimConfig | None:
@@ -25,7 +27,8 @@ def recorded_head_dim(arguments: Any) -> HeadDimConfig | None:
     recorded = getattr(arguments, "head_dim_parallel", None)
     if recorded is None:
         return None
-    return HeadDimConfig.parse(recorded, getattr(arguments, "head_dim_exchange", None) or AUTO)
+    exchange, order = (getattr(arguments, f"head_dim_{name}", None) for name in ("exchange", "order"))
+    return HeadDimConfig.parse(recorded, exchange or AUTO, order or DIM_INNERMOST)
 
 
 def check_same_function(saved: HeadDimConfig | None, own: HeadDimConfig | None, override: bool = False) -> None:
@@ -66,12 +69,12 @@ def _function(head_dim: HeadDimConfig | None) -> int:
     return 1 if head_dim is None or head_dim.exact else head_dim.n
 
 
-def _slices(head_dim: HeadDimConfig | None) -> tuple[int, int] | None:
+def _slices(head_dim: HeadDimConfig | None) -> Grid | None:
     """Grids with n = 1 hold what stock holds; their TP size is compared elsewhere."""
-    return None if head_dim is None or head_dim.n == 1 else (head_dim.m, head_dim.n)
+    return None if head_dim is None or head_dim.n == 1 else head_dim.grid
 
 
 def _described(head_dim: HeadDimConfig | None) -> str:
     if head_dim is None:
         return "no grid (stock attention)"
-    return f"--head-dim-parallel {head_dim.flag} --head-dim-exchange {head_dim.exchange}"
+    return " ".join(head_dim.flags)

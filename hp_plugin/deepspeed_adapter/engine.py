@@ -50,8 +50,8 @@ def initialize_grid(config: Any, **stock: Any) -> HeadDimConfig | None:
     if groups is not None:
         if groups.grid != head_dim.grid:
             raise ValueError(
-                f"the DeepSpeed configuration names the grid {head_dim.flag}, but {groups.grid.m},"
-                f"{groups.grid.n} is registered already: give both the same, or leave the registration to this call"
+                f"the DeepSpeed configuration names the grid {head_dim.grid}, but {groups.grid} "
+                f"is registered already: give both the same, or leave the registration to this call"
             )
         return head_dim
     if parallel_state.model_parallel_is_initialized():

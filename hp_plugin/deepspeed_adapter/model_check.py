@@ -59,7 +59,7 @@ def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
         own = layer.groups
         if [dist.get_process_group_ranks(group) for group in (own.tp, own.head, own.dim)] != expected:
             yield (
-                f"{name} was built on the grid {own.grid.m},{own.grid.n} with other groups of ranks than those "
+                f"{name} was built on the grid {own.grid} with other groups of ranks than those "
                 "registered now: build the model after the grid"
             )
         if head_dim.exchange in RULES and head_dim.exchange != layer.head_dim.exchange:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
@@ -39,11 +40,12 @@ class HeadDimGroups:
 
         Raises:
             RuntimeError: no grid is registered, or the collection's TP group is not the registered one.
+            ValueError: the collection's groups are not those of a grid.
         """
         head, dim = getattr(pg_collection, "head", None), getattr(pg_collection, "dim", None)
         if head is not None and dim is not None:
             assert pg_collection is not None
-            return cls(Grid(head.size(), dim.size()), pg_collection.tp, head, dim)
+            return cls(_grid(pg_collection.tp, head, dim), pg_collection.tp, head, dim)
         registered = getattr(parallel_state, "get_head_parallel_group", None)
         if registered is None:
             raise RuntimeError(
@@ -59,4 +61,8 @@ class HeadDimGroups:
                 "one, and no head and dim groups of its own: set its `head` and `dim` attributes"
             )
         head, dim = registered(), parallel_state.get_dim_parallel_group()
-        return cls(Grid(head.size(), dim.size()), tp, head, dim)
+        return cls(_grid(tp, head, dim), tp, head, dim)
+
+
+def _grid(tp: ProcessGroup, head: ProcessGroup, dim: ProcessGroup) -> Grid:
+    return Grid.found(*(dist.get_process_group_ranks(group) for group in (tp, head, dim)))

@@ -5,7 +5,9 @@ The only place that knows the layout: initialization and checkpoints both read i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,14 @@ class SlicedAxis:
         """The stock indices that rank (i, j) owns, in local order."""
         return [index for run in self.runs(i, j) for index in run]
 
-    def permutation(self) -> list[int]:
-        """Stock indices in the order in which TP ranks 0 … m·n-1 own them; split evenly, it gives each rank its own."""
-        return [index for i in range(self.m) for j in range(self.n) for index in self.owned(i, j)]
+    def permutation(self, owners: Iterable[tuple[int, int]] | None = None) -> list[int]:
+        """Stock indices in the order in which TP ranks 0 … m·n-1 own them; split evenly, it gives each rank its own.
+
+        Args:
+            owners: (i, j) of every TP rank (`Grid.owners`); by default r = i·n + j.
+        """
+        owners = product(range(self.m), range(self.n)) if owners is None else owners
+        return [index for i, j in owners for index in self.owned(i, j)]
 
 
 def slots_per_group(h: int, g: int, gate: bool = False) -> int:

@@ -7,25 +7,59 @@ from dataclasses import dataclass
 from math import prod
 
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
+"""Megatron-Core's order of the parallel dimensions over the world's ranks, `tp` being the innermost."""
+
+DIM_INNERMOST, HEAD_INNERMOST = "dim-innermost", "head-innermost"
+ORDERS = (DIM_INNERMOST, HEAD_INNERMOST)
+"""Which axis of the grid has neighbouring TP ranks."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The m × n arrangement of one tensor-parallel group: TP rank r = i·n + j has coordinates (i, j).
+    """The m × n arrangement of one tensor-parallel group: which TP rank r has coordinates (i, j).
+
+    Args:
+        order: `dim-innermost`, r = i·n + j, or `head-innermost`, r = j·m + i. Where an axis has one rank the two are
+            one, and the grid is the dim-innermost one.
 
     Raises:
-        ValueError: m or n is not a positive integer.
+        ValueError: m or n is not a positive integer, or the order does not exist.
     """
 
     m: int
     n: int
+    order: str = DIM_INNERMOST
 
     def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"unknown head-dim-order {self.order!r}: choose from {', '.join(ORDERS)}")
         for name, size in (("m", self.m), ("n", self.n)):
             if isinstance(size, bool) or not isinstance(size, int):
                 raise ValueError(f"head-dim-parallel {name} must be an integer, got {size!r}")
             if size < 1:
                 raise ValueError(f"head-dim-parallel {name} must be at least 1, got {size}")
+        if 1 in (self.m, self.n):
+            object.__setattr__(self, "order", DIM_INNERMOST)
+
+    def __str__(self) -> str:
+        return f"{self.m},{self.n}" + (f" {self.order}" if self.order != DIM_INNERMOST else "")
+
+    @classmethod
+    def found(cls, tp_group: list[int], head_group: list[int], dim_group: list[int]) -> Grid:
+        """The grid over a TP group of world ranks of which these are a head group and a dim group.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for order in ORDERS:
+            grid = cls(len(head_group), len(dim_group), order)
+            if grid.size != len(tp_group):
+                break
+            if head_group in grid.head_groups(tp_group) and dim_group in grid.dim_groups(tp_group):
+                return grid
+        raise ValueError(
+            f"ranks {head_group} and {dim_group} are no head group and dim group of a grid over the TP group {tp_group}"
+        )
 
     @property
     def size(self) -> int:
@@ -36,13 +70,21 @@ class Grid:
         """(i, j) of a TP rank: it owns head group i and dim slice j."""
         if not 0 <= tp_rank < self.size:
             raise ValueError(f"TP rank {tp_rank} is not on the {self.m} × {self.n} grid of {self.size} ranks")
-        return divmod(tp_rank, self.n)
+        if self.order == DIM_INNERMOST:
+            return divmod(tp_rank, self.n)
+        j, i = divmod(tp_rank, self.m)
+        return i, j
+
+    @property
+    def owners(self) -> list[tuple[int, int]]:
+        """(i, j) of every TP rank, in their order."""
+        return [self.coordinates(tp_rank) for tp_rank in range(self.size)]
 
     def tp_rank(self, i: int, j: int) -> int:
         """The TP rank at coordinates (i, j)."""
         if not (0 <= i < self.m and 0 <= j < self.n):
             raise ValueError(f"({i}, {j}) is not on the {self.m} × {self.n} grid")
-        return i * self.n + j
+        return i * self.n + j if self.order == DIM_INNERMOST else j * self.m + i
 
     def head_groups(self, tp_group: list[int]) -> list[list[int]]:
         """The n head groups of one TP group of world ranks: m ranks each, with the same slice j."""

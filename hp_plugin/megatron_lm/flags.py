@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hp_plugin.attention.transformer_config import attention_shape, unsupported
 from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, record_head_dim
 from hp_plugin.config import WIDEST, HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
+from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
 from hp_plugin.megatron_lm.unfit_flags import unfit
 from hp_plugin.refusal import Refusal, RefusedError
 
-GRID_FLAG, EXCHANGE_FLAG, TP_FLAG = "--head-dim-parallel", "--head-dim-exchange", "--tensor-model-parallel-size"
+GRID_FLAG, EXCHANGE_FLAG, ORDER_FLAG = "--head-dim-parallel", "--head-dim-exchange", "--head-dim-order"
+TP_FLAG = "--tensor-model-parallel-size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -36,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "fits. 'local' exchanges nothing and is another function: attention with N times as many, narrower heads.",
     )
     group.add_argument(
+        ORDER_FLAG,
+        choices=ORDERS,
+        default=argparse.SUPPRESS,
+        help="Which ranks are neighbours, and so share a node: the N slices of a head (default), or the M groups of "
+        "heads. Weights and checkpoints are the same either way.",
+    )
+    group.add_argument(
         OVERRIDE_FLAG,
         action="store_true",
         default=argparse.SUPPRESS,
@@ -48,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | None:
     """Reads the grid from parsed arguments, checks it against all others and sets the TP size; None without a grid.
 
-    On a grid `args.head_dim_parallel` becomes "m,n" and `args.head_dim_exchange` is set, which is how Megatron-LM
-    prints them and records them in its checkpoints.
+    On a grid `args.head_dim_parallel` becomes "m,n", and `args.head_dim_exchange` and `args.head_dim_order` are
+    set, which is how Megatron-LM prints them and records them in its checkpoints.
 
     Args:
         args: what Megatron-LM's parser returned, before its own validation.
@@ -58,15 +68,17 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
     Raises:
         ValueError: flags contradict each other, or ask for what the grid cannot do.
     """
-    text, exchange = getattr(args, "head_dim_parallel", None), getattr(args, "head_dim_exchange", None)
+    text, exchange, order = (getattr(args, f"head_dim_{name}", None) for name in ("parallel", "exchange", "order"))
     if text is None:
         if exchange is not None:
             raise ValueError(f"{EXCHANGE_FLAG} {exchange} says how a grid exchanges: give {GRID_FLAG} m,n with it")
+        if order is not None:
+            raise ValueError(f"{ORDER_FLAG} {order} says how a grid's ranks lie: give {GRID_FLAG} m,n with it")
         return None
     given = args.tensor_model_parallel_size
     if given == 1 and not any(word.split("=")[0] == TP_FLAG for word in argv):
         given = None
-    head_dim = _read(args, text.strip(), exchange or AUTO, given)
+    head_dim = replace(_read(args, text.strip(), given), exchange=exchange or AUTO, order=order or DIM_INNERMOST)
     head_dim.check_tensor_parallel_size(given)
     # Not known, or not yet a namespace of their own, before Megatron-LM's own validation.
     view = _model_view(args)
@@ -84,15 +96,15 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
     return head_dim
 
 
-def _read(args: argparse.Namespace, text: str, exchange: str, tensor_parallel_size: int | None) -> HeadDimConfig:
+def _read(args: argparse.Namespace, text: str, tensor_parallel_size: int | None) -> HeadDimConfig:
     if text != WIDEST:
-        return HeadDimConfig.parse(text, exchange)
+        return HeadDimConfig.parse(text)
     if tensor_parallel_size is None:
         raise ValueError(f"{GRID_FLAG} {WIDEST} divides a given TP size into m·n: give {TP_FLAG} too, or m,n instead")
     kv_groups = _query_groups(args)
     if kv_groups is None:
         raise ValueError(f"{GRID_FLAG} {WIDEST} needs to know the number of heads: give --num-attention-heads, or m,n")
-    head_dim = HeadDimConfig.widest(tensor_parallel_size, kv_groups, exchange)
+    head_dim = HeadDimConfig.widest(tensor_parallel_size, kv_groups)
     if args.rank == 0:
         said = f"m = gcd(TP {tensor_parallel_size}, query groups {kv_groups})"
         print(f"{GRID_FLAG} {WIDEST}: {head_dim.flag} ({said})", flush=True)

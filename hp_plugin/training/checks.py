@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.training.checkpoints.saving import check_load
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
@@ -71,6 +72,8 @@ def _layout(config: TrainingConfig, world_size: int) -> Iterator[str]:
         config.context_parallel_size,
         config.tensor_parallel,  # also refuses a contradicting or malformed grid
     )
+    if config.head_dim is None and config.head_dim_order != DIM_INNERMOST:
+        yield f"--head-dim-order {config.head_dim_order} says how a grid's ranks lie: give --head-dim-parallel with it"
     if config.head_dim is not None:
         config.head_dim.check_world_size(world_size, pipeline, context)
     elif world_size % config.model_parallel:

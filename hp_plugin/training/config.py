@@ -7,6 +7,7 @@ from typing import Any
 
 from hp_plugin.config import WIDEST, HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
+from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
 
 BYTE_VOCABULARY = 256
 
@@ -129,6 +130,7 @@ class DistributedOptions:
         None, "attention grid m,n: m head groups × n slices of every head; auto = widest m for the given TP size"
     )
     head_dim_exchange: str = _opt(AUTO, "what the n ranks of a dim group exchange", tuple(EXCHANGES))
+    head_dim_order: str = _opt(DIM_INNERMOST, "which axis of the grid has neighbouring ranks", ORDERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +247,8 @@ class TrainingConfig(
         if self.head_dim_parallel == WIDEST:
             if given is None:
                 raise ValueError("--head-dim-parallel auto needs --tensor-model-parallel-size, whose m·n it picks")
-            return HeadDimConfig.widest(given, self.query_groups, self.head_dim_exchange)
-        head_dim = HeadDimConfig.parse(self.head_dim_parallel, self.head_dim_exchange)
+            return HeadDimConfig.widest(given, self.query_groups, self.head_dim_exchange, self.head_dim_order)
+        head_dim = HeadDimConfig.parse(self.head_dim_parallel, self.head_dim_exchange, self.head_dim_order)
         head_dim.check_tensor_parallel_size(given)
         return head_dim
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import Batches
 from hp_plugin.training.distributed import running_ranks
@@ -42,12 +43,15 @@ class Layout:
     pp: int = 1
     chunk_layers: int | None = None
     exchange: str = "auto"
+    order: str = DIM_INNERMOST
 
     @property
     def label(self) -> str:
         size = self.grid.replace(",", "x") if self.grid else f"tp{self.tp or 1}"
         stages = f"-pp{self.pp}" if self.pp > 1 else ""
-        return size + stages + ("-vpp" if self.chunk_layers else "") + ("-local" if self.exchange == "local" else "")
+        order = f"-{self.order}" if self.order != DIM_INNERMOST else ""
+        local = "-local" if self.exchange == "local" else ""
+        return size + order + stages + ("-vpp" if self.chunk_layers else "") + local
 
 
 STOCK = Layout()
@@ -103,6 +107,7 @@ def training_config(layout: Layout = STOCK, **options: Any) -> TrainingConfig:
             "num_layers_per_virtual_pipeline_stage": layout.chunk_layers,
             "head_dim_parallel": layout.grid,
             "head_dim_exchange": layout.exchange,
+            "head_dim_order": layout.order,
             **options,
         }
     )

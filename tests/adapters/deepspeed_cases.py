@@ -30,6 +30,7 @@ class DeepSpeedCase:
     m: int = 2
     n: int = 2
     exchange: str = "auto"
+    order: str = "dim-innermost"
     stage: int = 0
     dtype: torch.dtype = torch.float32
     clip_grad: float = 0.0
@@ -51,7 +52,7 @@ class DeepSpeedCase:
     def megatron(self) -> Case:
         """The same training by Megatron's optimizer on the same grid."""
         return Case(
-            grid=HeadDimConfig(self.m, self.n, self.exchange),
+            grid=HeadDimConfig(self.m, self.n, self.exchange, self.order),
             tp=self.m * self.n,
             steps=self.steps,
             layers=self.layers,
@@ -93,7 +94,7 @@ def settings_of(case: DeepSpeedCase) -> dict[str, Any]:
     """The DeepSpeed configuration of a case."""
     parallel = dist.get_world_size() // (case.m * case.n)
     settings: dict[str, Any] = {
-        "head_dim_parallel": {"m": case.m, "n": case.n, "exchange": case.exchange},
+        "head_dim_parallel": {"m": case.m, "n": case.n, "exchange": case.exchange, "order": case.order},
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": GLOBAL_BATCH // MICRO_BATCH // parallel,
         "gradient_clipping": case.clip_grad,
@@ -108,7 +109,7 @@ def settings_of(case: DeepSpeedCase) -> dict[str, Any]:
 def build_gpt(case: DeepSpeedCase) -> GPTModel:
     """The bare model, with the weights that every layout of `tests.dist.gpt` starts from."""
     config = HeadDimTransformerConfig(
-        head_dim_parallel=HeadDimConfig(case.m, case.n, case.exchange),
+        head_dim_parallel=HeadDimConfig(case.m, case.n, case.exchange, case.order),
         num_layers=case.layers,
         hidden_size=32,
         num_attention_heads=4,

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hp_plugin.attention import layers
+from hp_plugin.grid.ranks import HEAD_INNERMOST
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.step import Trainer
 from tests.adapters.checkpoint_cases import (
@@ -78,7 +79,7 @@ def travel(path: str, model: str, optimizer: str, layouts: tuple[Layout, ...]) -
             load(trainer, folder)
             wrong = same(snapshot(trainer), expected)
             # The next layout loads what this one saves: a ring over all of them.
-            folder = folder_of(path, f"{layout.label}-again")
+            folder = folder_of(path, f"{len(found)}-{layout.label}")
             save(trainer, folder)
             wrong += [f"{name} on disk" for name in same(contents(folder), on_disk)]
             drift = abs(loss_of(step(trainer, 2)) - loss) + abs(loss_of(step(trainer, 3)) - next_loss)
@@ -105,6 +106,14 @@ def test_every_layout_loads_and_saves_the_same_tensors(
     for label, wrong, drift in ranks.run(4, travel, str(tmp_path), model, optimizer, layouts, timeout=600)[0]:
         assert not wrong, f"{label}: {wrong[:5]}"
         assert drift < tolerance, f"{label}: losses {drift} off"
+
+
+@pytest.mark.slow
+def test_checkpoints_do_not_see_the_order_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    dim, head = Layout("2,2"), Layout("2,2", order=HEAD_INNERMOST)
+    found = ranks.run(4, travel, str(tmp_path), "gqa-bias", "distributed", (head, dim, head), timeout=600)[0]
+    for label, wrong, drift in found:
+        assert not wrong and drift < FP32_LOSS, f"{label}: {wrong[:5]}, losses {drift} off"
 
 
 def without_slices(path: str) -> list[str]:
@@ -155,7 +164,8 @@ def own_bytes(path: str, sharding_type: str) -> tuple[list[str], list[str]]:
         stock_folder = folder_of(path, "stock")
         save(trainer, stock_folder, **metadata)
     loaded = []
-    for layout, source in ((Layout(tp=4), folder), (Layout("1,4"), folder), (Layout("2,2"), stock_folder)):
+    sources = [(Layout(tp=4), folder), (Layout("1,4"), folder), (Layout("2,2", order=HEAD_INNERMOST), folder)]
+    for layout, source in (*sources, (Layout("2,2"), stock_folder)):
         with trainer_on(training_config(layout, **options)) as trainer:
             try:
                 load(trainer, source, **metadata)

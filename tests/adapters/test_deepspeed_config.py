@@ -52,6 +52,8 @@ def test_refuses_a_key_that_is_there_twice(tmp_path: Path) -> None:
 
 def test_the_exchange_may_be_left_out_and_the_option_too() -> None:
     assert head_dim_option({"head_dim_parallel": {"m": 2, "n": 2}}) == HeadDimConfig(2, 2, "auto")
+    ordered = {"m": 2, "n": 2, "order": "head-innermost"}
+    assert head_dim_option({"head_dim_parallel": ordered}) == HeadDimConfig(2, 2, order="head-innermost")
     assert head_dim_option({"train_batch_size": 8, "zero_optimization": {"stage": 1}}) is None
 
 
@@ -67,6 +69,10 @@ BAD = {
     "n a string": ({"head_dim_parallel": {"m": 2, "n": "2"}}, "n must be an integer, got '2'"),
     "m a boolean": ({"head_dim_parallel": {"m": True, "n": 2}}, "m must be an integer, got True"),
     "unknown exchange": ({"head_dim_parallel": {"m": 2, "n": 2, "exchange": "bach"}}, "did you mean 'batch'"),
+    "unknown order": (
+        {"head_dim_parallel": {"m": 2, "n": 2, "order": "dim"}},
+        "unknown head-dim-order 'dim': choose from dim-innermost, head-innermost",
+    ),
     "AutoTP": ({"head_dim_parallel": GRID, "tensor_parallel": {"autotp_size": 2}}, "autotp_size 2.*leave"),
     "Ulysses": ({"head_dim_parallel": GRID, "sequence_parallel_size": 2}, "sequence_parallel_size 2.*leave"),
     "hpZ": (

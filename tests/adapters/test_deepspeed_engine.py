@@ -29,7 +29,7 @@ BF16_LOSS, BF16_NORM = 1.5e-2, 0.05
 
 def on_one_rank(case: DeepSpeedCase) -> DeepSpeedCase:
     model = {name: value for name, value in case.model.items() if name != "sequence_parallel"}
-    return replace(case, m=1, n=1, exchange="auto", stage=0, model=model)
+    return replace(case, m=1, n=1, exchange="auto", order="dim-innermost", stage=0, model=model)
 
 
 def largest_error(found: list[EngineOutcome], expected: dict[str, Any], tp: int) -> float:
@@ -58,8 +58,24 @@ SP = {"model": {"sequence_parallel": True, "qk_layernorm": True}}
 
 @pytest.mark.parametrize(
     ("stage", "change"),
-    [(0, {}), (0, SP), (1, SP), (2, SP), (3, SP), (2, {"m": 1, "n": 2, "exchange": "scores"})],
-    ids=["0", "0 SP QK-norm", "1 SP QK-norm", "2 SP QK-norm", "3 SP QK-norm", "2 1x2 scores DP=2"],
+    [
+        (0, {}),
+        (0, SP),
+        (1, SP),
+        (2, SP),
+        (3, SP),
+        (1, {**SP, "order": "head-innermost"}),
+        (2, {"m": 1, "n": 2, "exchange": "scores"}),
+    ],
+    ids=[
+        "0",
+        "0 SP QK-norm",
+        "1 SP QK-norm",
+        "2 SP QK-norm",
+        "3 SP QK-norm",
+        "1 SP head-innermost",
+        "2 1x2 scores DP=2",
+    ],
 )
 def test_clipped_sgd_equals_deepspeed_on_one_rank(ranks: Ranks, stage: int, change: dict[str, Any]) -> None:
     case = replace(SGD, stage=stage, **change)

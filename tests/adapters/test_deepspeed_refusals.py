@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from hp_plugin.config import HeadDimConfig
 from tests.adapters.deepspeed_cases import (
     DeepSpeedCase,
     build_gpt,
@@ -56,6 +57,9 @@ def of_model(scenario: str) -> str:
         if scenario == "other grid":
             initialize_head_dim_parallel("1,2")
             initialize_grid(settings)
+        if scenario == "other order":
+            initialize_head_dim_parallel(HeadDimConfig(2, 2, order="head-innermost"))
+            initialize_grid(settings_of(replace(CASE, n=2)))
         if scenario == "world":
             initialize_grid(settings_of(replace(CASE, m=3)))
         if scenario == "pipeline":
@@ -108,6 +112,7 @@ def of_model(scenario: str) -> str:
 
 OF_MODEL = {
     "stock groups": "names the grid 2,1, but model parallelism was already initialized without one",
+    "other order": "names the grid 2,2, but 2,2 head-innermost is registered already",
     "other grid": "names the grid 2,1, but 1,2 is registered already",
     "world": "world size 4 is not a multiple of 3",
     "pipeline": "2 pipeline stages",

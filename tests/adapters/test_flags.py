@@ -66,6 +66,20 @@ def test_a_grid_sets_the_tensor_parallel_size_and_is_recorded() -> None:
     assert args.head_dim_exchange == "sequence"
 
 
+def test_the_order_of_ranks_is_read_and_recorded() -> None:
+    args = settled("--head-dim-parallel 2,4 --head-dim-order head-innermost", kv_channels=20)
+    assert args.read == HeadDimConfig(2, 4, order="head-innermost") and args.head_dim_order == "head-innermost"
+    assert settled("--head-dim-parallel 2,4", kv_channels=20).head_dim_order == "dim-innermost"
+    auto = settled("--head-dim-parallel auto --tensor-model-parallel-size 8 --head-dim-order head-innermost")
+    assert auto.read == HeadDimConfig(4, 2, order="head-innermost")
+
+
+def test_an_order_that_does_not_exist_ends_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        settled("--head-dim-parallel 2,4 --head-dim-order heads")
+    assert "choose from" in (said := capsys.readouterr().err) and "head-innermost" in said
+
+
 def test_without_a_grid_the_namespace_stays_stocks() -> None:
     args = settled("--tensor-model-parallel-size 4")
     assert args.read is None
@@ -88,6 +102,7 @@ def test_auto_takes_the_widest_head_axis(
     ("command", "given", "said"),
     [
         ("--head-dim-exchange batch", {}, ["--head-dim-exchange batch", "give --head-dim-parallel"]),
+        ("--head-dim-order head-innermost", {}, ["--head-dim-order head-innermost", "give --head-dim-parallel"]),
         ("--head-dim-parallel auto", {}, ["--tensor-model-parallel-size"]),
         ("--head-dim-parallel 2,2 --tensor-model-parallel-size 8", {}, ["--tensor-model-parallel-size 8", "4"]),
         ("--head-dim-parallel 2,2 --tensor-model-parallel-size=1", {}, ["--tensor-model-parallel-size 1", "4"]),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
@@ -42,6 +43,7 @@ class Case:
     mask: str = "causal"
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
+    order: str = DIM_INNERMOST
 
     @property
     def label(self) -> str:
@@ -49,6 +51,7 @@ class Case:
         features += ["rope"] if self.rope is not None else []
         features += [self.mask] if self.mask != "causal" else []
         features += ["sp"] if self.sequence_parallel else []
+        features += [self.order] if self.order != DIM_INNERMOST else []
         features += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
         shape = f"h{self.h}g{self.g}d{self.d}s{self.s}b{self.b}"
         return "-".join([self.exchange, f"{self.m}x{self.n}", shape, *features])
@@ -176,7 +179,7 @@ def reference(case: Case, dtype: torch.dtype | None = None) -> Result:
 
 def on_grid(case: Case, stock: Result) -> tuple[nn.Module, Result]:
     """The grid's layer with this rank's slices of the reference's parameters."""
-    head_dim = HeadDimConfig(case.m, case.n, case.exchange)
+    head_dim = HeadDimConfig(case.m, case.n, case.exchange, case.order)
     initialize_head_dim_parallel(head_dim)
     with warnings.catch_warnings():
         if case.exchange == "local":

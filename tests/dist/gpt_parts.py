@@ -39,7 +39,7 @@ def orders_of(model: torch.nn.Module) -> dict[int, list[int]]:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     for path, module in model.named_modules():
         if isinstance(module, HeadDimColumnParallelLinear | HeadDimRowParallelLinear):
-            order = module.grid_axis.permutation()
+            order = module.grid_axis.permutation(module.grid_groups.grid.owners)
         elif path.endswith("linear_fc1") and model.config.gated_linear_unit:
             gate, up = torch.arange(2 * model.config.ffn_hidden_size).chunk(2)
             order = torch.stack((gate.view(tp, -1), up.view(tp, -1)), 1).flatten().tolist()

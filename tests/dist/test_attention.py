@@ -2,6 +2,7 @@
 
 import pytest
 
+from hp_plugin.grid.ranks import HEAD_INNERMOST
 from tests.dist.attention_cases import Case, differences
 from tests.ranks import Ranks
 
@@ -48,6 +49,10 @@ def matrix() -> list[Case]:
         for mask in ("padding", "arbitrary", "shared"):
             cases.append(Case(2, 2, exchange, mask=mask, rope=rope, **small))
         cases.append(Case(2, 2, exchange, sequence_parallel=True, rope=rope, **small))
+    for exchange in (*EXACT, "local"):
+        other: dict[str, object] = dict(rope={}, order=HEAD_INNERMOST)
+        cases.append(Case(2, 3, exchange, h=6, g=2, d=24, s=18, b=3, hidden=14, **other))
+    cases.append(Case(3, 2, "scores", h=6, g=3, s=12, config={"qk_layernorm": True}, sequence_parallel=True, **other))
     # What only some exchanges can carry
     cases += [
         Case(1, 4, "scores", h=2, g=1, d=12, s=7, b=3, rope={}),  # odd slices cut rotate-half pairs anywhere

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.grid.ranks import DIM_INNERMOST, HEAD_INNERMOST
 from tests.dist.gpt import Case, train
 from tests.dist.gpt_parts import assemble
 from tests.ranks import Ranks
@@ -14,14 +15,18 @@ from tests.ranks import Ranks
 GRADIENT, PARAMETER = 2e-5, 2e-3
 
 
-def on(m: int, n: int, exchange: str = "auto", **fields: Any) -> Case:
-    return Case(grid=HeadDimConfig(m, n, exchange), tp=m * n, **fields)
+def on(m: int, n: int, exchange: str = "auto", order: str = DIM_INNERMOST, **fields: Any) -> Case:
+    return Case(grid=HeadDimConfig(m, n, exchange, order), tp=m * n, **fields)
 
 
 CASES = {
     "2x2": on(2, 2),
     "2x1 DP=2": on(2, 1),
     "2x2 sequence": on(2, 2, "sequence"),
+    "2x2 head-innermost": on(2, 2, order=HEAD_INNERMOST, model={"gated_linear_unit": True, "attention_output_gate": True}),
+    "2x2 head-innermost SP scores": on(
+        2, 2, "scores", order=HEAD_INNERMOST, model={"sequence_parallel": True, "qk_layernorm": True}
+    ),
     "1x4 auto, batch of 2": on(1, 4),
     "1x4 scores": on(1, 4, "scores"),
     # Without RoPE a key bias shifts all scores of a query alike: its gradient is rounding, and Adam makes steps of it.

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.grid.ranks import Grid
+from hp_plugin.grid.ranks import ORDERS, Grid
 from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.attention.registration import initialize_head_dim_parallel, registered_groups
 from tests.ranks import Ranks
@@ -18,8 +18,8 @@ from tests.ranks import Ranks
 GETTERS = [f"get_{axis}_parallel_{what}" for axis in ("head", "dim") for what in ("group", "rank", "world_size")]
 
 
-def registered(m: int, n: int, stock: dict[str, Any]) -> dict[str, Any]:
-    initialize_head_dim_parallel(f"{m},{n}", **stock)
+def registered(m: int, n: int, order: str, stock: dict[str, Any]) -> dict[str, Any]:
+    initialize_head_dim_parallel(HeadDimConfig(m, n, order=order), **stock)
     tp = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
     collection = ProcessGroupCollection.use_mpu_process_groups()
     found = {
@@ -36,7 +36,7 @@ def registered(m: int, n: int, stock: dict[str, Any]) -> dict[str, Any]:
     parallel_state.destroy_model_parallel()
     assert registered_groups() is None and not any(hasattr(parallel_state, name) for name in GETTERS)
     # A second grid after the first, to see that nothing of the first is left.
-    initialize_head_dim_parallel(HeadDimConfig(n, m), **stock)
+    initialize_head_dim_parallel(f"{n},{m}", **stock)
     assert parallel_state.get_head_parallel_world_size() == n
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel()
@@ -45,6 +45,7 @@ def registered(m: int, n: int, stock: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("world", "m", "n", "stock"),
     [
@@ -55,9 +56,9 @@ def registered(m: int, n: int, stock: dict[str, Any]) -> dict[str, Any]:
         (8, 2, 1, {"order": "tp-pp-dp", "pipeline_model_parallel_size": 2, "distributed_timeout_minutes": 3}),
     ],
 )
-def test_groups_are_the_grids(ranks: Ranks, world: int, m: int, n: int, stock: dict[str, Any]) -> None:
-    grid = Grid(m, n)
-    for rank, found in enumerate(ranks.run(world, registered, m, n, stock)):
+def test_groups_are_the_grids(ranks: Ranks, world: int, m: int, n: int, stock: dict[str, Any], order: str) -> None:
+    grid = Grid(m, n, order)
+    for rank, found in enumerate(ranks.run(world, registered, m, n, order, stock)):
         i, j = grid.coordinates(found["tp"].index(rank))
         assert found["coordinates"] == (i, j) and found["sizes"] == (m, n)
         assert found["head"] == grid.head_groups(found["tp"])[j]

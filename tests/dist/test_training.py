@@ -27,6 +27,7 @@ LAYOUTS = {
     "grid 1x4, one key/value head": (4, "--num-query-groups 1", "--head-dim-parallel 1,4"),
     "grid 2x2, two heads": (4, "--num-attention-heads 2", "--head-dim-parallel 2,2"),
     "grid 2x2, scores": (4, "", "--head-dim-parallel 2,2 --head-dim-exchange scores"),
+    "grid 2x2, head-innermost": (4, "", "--head-dim-parallel 2,2 --head-dim-order head-innermost"),
     "grid 2x2, sequence": (4, "", "--head-dim-parallel 2,2 --head-dim-exchange sequence"),
     "gated tp2": (2, GATED, "--tensor-model-parallel-size 2"),
     "gated grid 1x2 pp2": (

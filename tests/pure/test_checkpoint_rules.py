@@ -15,13 +15,19 @@ from hp_plugin.checkpoint.rules import (
 from hp_plugin.config import HeadDimConfig
 
 LOCAL_2X2 = HeadDimConfig(2, 2, "local")
+HEAD_2X2 = HeadDimConfig(2, 2, order="head-innermost")
 
 
-@pytest.mark.parametrize("head_dim", [None, HeadDimConfig(2, 4, "batch"), LOCAL_2X2])
+@pytest.mark.parametrize("head_dim", [None, HeadDimConfig(2, 4, "batch"), LOCAL_2X2, HEAD_2X2])
 def test_what_is_recorded_is_read_back(head_dim: HeadDimConfig | None) -> None:
     arguments = Namespace()
     record_head_dim(arguments, head_dim)
     assert recorded_head_dim(arguments) == head_dim
+
+
+def test_arguments_from_before_there_were_orders_are_dim_innermost() -> None:
+    arguments = Namespace(head_dim_parallel="2,2", head_dim_exchange="batch")
+    assert recorded_head_dim(arguments) == HeadDimConfig(2, 2, "batch", "dim-innermost")
 
 
 def test_arguments_from_before_the_plugin_are_stock() -> None:
@@ -36,6 +42,8 @@ def test_arguments_from_before_the_plugin_are_stock() -> None:
         (HeadDimConfig(1, 4, "scores"), HeadDimConfig(2, 2, "batch")),
         (LOCAL_2X2, HeadDimConfig(1, 2, "local")),
         (HeadDimConfig(4, 1, "local"), HeadDimConfig(2, 2)),
+        (HEAD_2X2, HeadDimConfig(2, 2)),
+        (LOCAL_2X2, HeadDimConfig(2, 2, "local", "head-innermost")),
     ],
 )
 def test_one_function_moves_between_all_its_layouts(saved: HeadDimConfig | None, own: HeadDimConfig | None) -> None:
@@ -54,6 +62,9 @@ def test_local_slices_are_another_function_elsewhere(own: HeadDimConfig | None) 
 
 
 def test_a_ranks_own_bytes_stay_on_their_layout() -> None:
+    check_same_layout("x", HeadDimConfig(1, 4), HeadDimConfig(1, 4, order="head-innermost"))
+    with pytest.raises(ValueError, match=r"from --head-dim-parallel 2,2 .* has .* --head-dim-order head-innermost"):
+        check_same_layout("x", HeadDimConfig(2, 2), HEAD_2X2)
     check_same_layout("x", HeadDimConfig(2, 2, "batch"), HeadDimConfig(2, 2, "scores"))
     check_same_layout("x", None, HeadDimConfig(4, 1))
     for own in (None, HeadDimConfig(1, 4), HeadDimConfig(4, 1)):

@@ -47,6 +47,17 @@ def test_a_configuration_carries_its_grid_through_every_change() -> None:
     assert config == HeadDimConfig(3, 4) and len({config, HeadDimConfig(3, 4)}) == 1
 
 
+def test_the_order_of_ranks_goes_into_the_grid_and_its_flags() -> None:
+    config = HeadDimConfig(3, 4, order="head-innermost")
+    assert config.grid == Grid(3, 4, "head-innermost") != HeadDimConfig(3, 4).grid
+    assert config.with_exchange("scores").grid == config.grid
+    assert " ".join(config.flags) == "--head-dim-parallel 3,4 --head-dim-exchange auto --head-dim-order head-innermost"
+    assert HeadDimConfig(3, 4, "batch").flags == ["--head-dim-parallel 3,4", "--head-dim-exchange batch"]
+    assert HeadDimConfig.parse("3,4", order="head-innermost") == config
+    with pytest.raises(ValueError, match="unknown head-dim-order 'head': choose from dim-innermost, head-innermost"):
+        HeadDimConfig(3, 4, order="head")
+
+
 def test_a_grid_may_be_said_in_three_ways() -> None:
     config = HeadDimConfig(3, 4)
     assert HeadDimConfig.of(config) is config

@@ -4,7 +4,7 @@ from itertools import chain, product
 
 import pytest
 
-from hp_plugin.grid.ranks import Grid, tensor_parallel_groups
+from hp_plugin.grid.ranks import DIM_INNERMOST, HEAD_INNERMOST, ORDERS, Grid, tensor_parallel_groups
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (2, 2), (4, 1), (1, 4), (5, 3)])
@@ -12,6 +12,43 @@ def test_coordinates_are_a_bijection(m: int, n: int) -> None:
     grid = Grid(m, n)
     assert [grid.coordinates(r) for r in range(grid.size)] == list(product(range(m), range(n)))
     assert all(grid.tp_rank(*grid.coordinates(r)) == r for r in range(grid.size))
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 5), (2, 2), (2, 3), (5, 3)])
+def test_head_innermost_ranks_count_the_heads_first(m: int, n: int) -> None:
+    grid = Grid(m, n, HEAD_INNERMOST)
+    assert grid.owners == [(i, j) for j, i in product(range(n), range(m))]
+    assert all(grid.tp_rank(*owner) == r for r, owner in enumerate(grid.owners))
+    assert grid != Grid(m, n) and str(grid) == f"{m},{n} head-innermost" and str(Grid(m, n)) == f"{m},{n}"
+    # The neighbours are the ranks of one head group, as those of a dim group are otherwise.
+    tp = [3 * r + 1 for r in range(grid.size)]
+    assert grid.head_groups(tp) == [tp[j * m : (j + 1) * m] for j in range(n)]
+    assert Grid(m, n).dim_groups(tp) == [tp[i * n : (i + 1) * n] for i in range(m)]
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 4), (4, 1), (1, 1)])
+def test_orders_are_one_where_an_axis_has_one_rank(m: int, n: int) -> None:
+    assert Grid(m, n, HEAD_INNERMOST) == Grid(m, n) and Grid(m, n, HEAD_INNERMOST).order == DIM_INNERMOST
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("m", "n"), [(3, 2), (2, 2), (1, 4), (4, 1)])
+def test_a_grid_is_found_from_its_groups(m: int, n: int, order: str) -> None:
+    grid = Grid(m, n, order)
+    tp = [5 * r + 2 for r in range(grid.size)]
+    for head, dim in product(grid.head_groups(tp), grid.dim_groups(tp)):
+        assert Grid.found(tp, head, dim) == grid
+
+
+@pytest.mark.parametrize(("head", "dim"), [([0, 3], [0, 1]), ([0, 1], [0, 1, 2]), ([0, 1], [2, 1])])
+def test_groups_that_are_no_grid_are_named(head: list[int], dim: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"are no head group and dim group of a grid over the TP group \[0, 1, 2, 3\]"):
+        Grid.found([0, 1, 2, 3], head, dim)
+
+
+def test_an_order_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="unknown head-dim-order 'heads': choose from dim-innermost, head-innermost"):
+        Grid(1, 1, "heads")
 
 
 def test_off_the_grid() -> None:

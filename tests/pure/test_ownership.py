@@ -3,6 +3,7 @@
 import pytest
 
 from hp_plugin.grid.ownership import SlicedAxis, proj_columns, qkv_rows, slots_per_group
+from hp_plugin.grid.ranks import ORDERS, Grid
 
 SHAPES = [  # h, g, d, m, n
     (12, 3, 80, 3, 5),
@@ -67,3 +68,12 @@ def test_what_does_not_divide() -> None:
         qkv_rows(12, 3, 80, 2, 5)
     with pytest.raises(ValueError, match="12 slots of 80 channels do not divide over a 3 × 7 grid"):
         SlicedAxis(12, 80, 3, 7)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_stock_tensor_in_the_order_of_the_ranks_splits_into_what_each_owns(order: str) -> None:
+    grid, axis = Grid(2, 3, order), SlicedAxis(4, 6, 2, 3)
+    permuted, size = axis.permutation(grid.owners), axis.local_size
+    for r, owner in enumerate(grid.owners):
+        assert permuted[r * size : (r + 1) * size] == axis.owned(*owner)
+    assert sorted(permuted) == list(range(axis.global_size))

@@ -59,6 +59,10 @@ def test_every_kind_of_value():
         ([*SMALL, "--seed", "x"], "--seed: invalid int value: 'x'"),
         ([*SMALL, "--window-size", "7"], "takes two integers left,right (for example 127,0), got '7'"),
         ([*SMALL, "--head-dim-exchange", "bat"], "invalid choice: 'bat'"),
+        (
+            [*SMALL, "--head-dim-order", "heads"],
+            "invalid choice: 'heads' (choose from 'dim-innermost', 'head-innermost'",
+        ),
         ([*SMALL, "--normalization", "BatchNorm"], "invalid choice: 'BatchNorm'"),
     ],
 )
@@ -99,6 +103,7 @@ def test_help_lists_every_flag_once():
             "--tensor-model-parallel-size 2 contradicts --head-dim-parallel 2,2, which sets it to m·n = 4",
         ),
         ({"head_dim_parallel": "4x4"}, 16, "--head-dim-parallel takes two integers m,n (for example 4,4), got '4x4'"),
+        ({"head_dim_order": "head-innermost"}, 4, "give --head-dim-parallel with it"),
         ({"head_dim_parallel": "auto"}, 4, "--head-dim-parallel auto needs --tensor-model-parallel-size"),
         (
             {"pipeline_model_parallel_size": 3},
@@ -186,7 +191,7 @@ def test_derived_values():
         (["examples/pretrain_gpt.py"], ["mixed precision", "mixture of experts", "validation and logging"]),
         (["-m", "hp_plugin.bench.attention_layer"], ["grid against stock on the same ranks"]),
         (["-m", "hp_plugin.bench.checkpoint"], ["Saving and loading a checkpoint on a grid"]),
-        (["-m", "hp_plugin.commands.main", "plan"], ["Predict speed, communication time and memory"]),
+        (["-m", "hp_plugin.commands.main", "plan"], ["communication time and memory of every layout"]),
     ],
     ids=lambda value: value[-1],
 )

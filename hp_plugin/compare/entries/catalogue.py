@@ -130,6 +130,7 @@ _OF_THE_LAYOUT = {
     "use_distributed_optimizer",
     "head_dim_parallel",
     "head_dim_exchange",
+    "head_dim_order",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "moe_backend",

@@ -99,6 +99,7 @@ def _options(model: CatalogueModel, layout: Layout) -> dict[str, Any]:
         options |= {
             "head_dim_parallel": layout.grid.flag,
             "head_dim_exchange": layout.grid.exchange,
+            "head_dim_order": layout.grid.order,
         }
     if options.get("num_experts") is not None:
         options |= {"expert_model_parallel_size": layout.ep, "moe_backend": layout.moe}

@@ -10,6 +10,7 @@ import torch
 from hp_plugin.compare.entries.entrant import Entrant
 from hp_plugin.compare.ranks.running import batches, built, everywhere
 from hp_plugin.exchange.rules import AUTO
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.step import Trainer, forward_step, train_step
 
@@ -46,6 +47,7 @@ def measure_twin_losses(entrant: Entrant, training: bool) -> list[float]:
         config,
         head_dim_parallel=None,
         head_dim_exchange=AUTO,
+        head_dim_order=DIM_INNERMOST,
         tensor_model_parallel_size=grid.size,
         num_attention_heads=config.num_attention_heads * grid.n,
         num_query_groups=config.query_groups * grid.n,

@@ -23,7 +23,7 @@ from hp_plugin.upstream.checkpoint_format import own_queue
 _SAME_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_query_groups")
 _LAYOUT = (
     *("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
-    *("virtual_pipeline_model_parallel_size", "context_parallel_size", "head_dim_parallel"),
+    *("virtual_pipeline_model_parallel_size", "context_parallel_size"),
 )
 
 
@@ -189,6 +189,7 @@ class Checkpoints:
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
             "virtual_pipeline_model_parallel_size": config.virtual_pipeline,
             "context_parallel_size": config.context_parallel_size,
-            "head_dim_parallel": None if config.head_dim is None else config.head_dim.flag,
         }
-        return all(getattr(saved, name, None) == own[name] for name in _LAYOUT)
+        theirs = recorded_head_dim(saved)
+        grids = [None if head_dim is None else head_dim.grid for head_dim in (theirs, config.head_dim)]
+        return grids[0] == grids[1] and all(getattr(saved, name, None) == own[name] for name in _LAYOUT)
