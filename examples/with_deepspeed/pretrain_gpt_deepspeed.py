@@ -12,7 +12,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import nn
 
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.engine import initialize
+from hp_plugin.deepspeed_adapter.settings import batch_sizes, half_precision, section, zero_config
 from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
 from hp_plugin.training.arguments import user_error
 from hp_plugin.training.checks import check_config
@@ -51,30 +52,32 @@ def read_config(settings: dict[str, Any], world_size: int) -> TrainingConfig:
     head_dim, gpt = head_dim_option(settings), settings.get("gpt")
     if not isinstance(gpt, dict):
         raise ValueError('the configuration needs a "gpt" object with the model, as ds_config_dense_cpu.json has it')
+    half = half_precision(settings)
     ours = {
-        "micro_batch_size": settings.get("train_micro_batch_size_per_gpu", 1),
-        "lr": settings.get("optimizer", {}).get("params", {}).get("lr", 1e-3),
-        "fp16": settings.get("fp16", {}).get("enabled", False),
-        "bf16": settings.get("bf16", {}).get("enabled", False),
+        "lr": section(section(settings, "optimizer"), "params").get("lr", 1e-3),
+        "fp16": half == "fp16",
+        "bf16": half == "bf16",
+        "micro_batch_size": 1,  # until the data-parallel size is known
     }
     if head_dim is not None:
         ours |= {"head_dim_parallel": f"{head_dim.m},{head_dim.n}", "head_dim_exchange": head_dim.exchange}
-    unknown = sorted(gpt.keys() - {field.name for field in fields(TrainingConfig)})
-    if unknown or gpt.keys() & ours.keys():
-        wrong = unknown + sorted(gpt.keys() & ours.keys())
-        raise ValueError(f'"gpt" cannot say {", ".join(wrong)}: flags of examples/pretrain_gpt.py go there by name, '
-                         "DeepSpeed's keys say grid, batch sizes, learning rate and precision")  # fmt: skip
+    wrong = sorted(gpt.keys() & {*ours, "global_batch_size"})
+    if wrong:
+        raise ValueError(
+            f'"gpt" cannot say {", ".join(wrong)}: DeepSpeed\'s keys say grid, batch sizes, learning rate and precision'
+        )
     try:
-        config = TrainingConfig(**gpt, **ours)
-    except TypeError as missing:
-        raise ValueError(f'"gpt" is incomplete: {missing}') from missing
+        config = TrainingConfig.from_options(gpt | ours)
+    except ValueError as mistake:
+        raise ValueError(f'"gpt" (flags of examples/pretrain_gpt.py by name): {mistake}') from None
+    sequences, micro_batch, _ = batch_sizes(settings, max(1, world_size // config.model_parallel))
+    config = replace(config, micro_batch_size=micro_batch, global_batch_size=sequences)
     if config.pipeline_model_parallel_size > 1:
         raise ValueError("DeepSpeed's engine runs no Megatron pipeline: leave pipeline_model_parallel_size out")
     check_config(config, world_size)
     if config.num_experts is not None and config.moe_backend != "deepspeed":
         raise ValueError('"gpt" has num_experts: DeepSpeed\'s engine trains them with "moe_backend": "deepspeed" only')
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if config.num_experts is not None and stage == 3:
+    if config.num_experts is not None and zero_config(settings).stage == 3:
         raise ValueError("ZeRO stage 3 cannot split DeepSpeed-MoE's experts: set zero_optimization.stage to 1 or 2")
     return config
 

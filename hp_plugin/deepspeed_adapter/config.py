@@ -9,6 +9,7 @@ from typing import Any
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.guard import KEY
+from hp_plugin.deepspeed_adapter.settings import gradient_clipping, half_precision, section, zero_config
 
 _EXAMPLE = f'{{"{KEY}": {{"m": 4, "n": 4, "exchange": "auto"}}}}'
 
@@ -64,33 +65,31 @@ def _contradictions(settings: Mapping[str, Any], head_dim: HeadDimConfig) -> Ite
     """What DeepSpeed would do to a model on a grid and must not, with the way out."""
     if head_dim.size == 1:
         return
-    autotp = _section(settings, "tensor_parallel").get("autotp_size", 0)
+    autotp = section(settings, "tensor_parallel").get("autotp_size", 0)
     if autotp:
         yield f"tensor_parallel.autotp_size {autotp} would split the model a second time: leave tensor_parallel out"
-    for key in ("sequence_parallel_size", "data_parallel_size"):
-        if key in settings:
-            yield f"{key} {settings[key]} asks DeepSpeed for ranks of its own (Ulysses): leave it out"
-    zero = _section(settings, "zero_optimization")
+    # A single sequence-parallel rank is none, unless both sizes make a mesh of the ranks.
+    if settings.get("sequence_parallel_size", 1) != 1:
+        yield (
+            f"sequence_parallel_size {settings['sequence_parallel_size']} asks DeepSpeed for ranks of its own "
+            "(Ulysses): leave it out"
+        )
+    if "data_parallel_size" in settings:
+        yield f"data_parallel_size {settings['data_parallel_size']} is the world over m·n here: leave it out"
+    zero = zero_config(settings)
     for key, off in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
-        if zero.get(key, off) != off:
+        if getattr(zero, key, off) != off:
             yield (
                 f"zero_optimization.{key} makes groups of neighbouring ranks, which hold different slices of the "
                 "model here, not replicas: leave it out"
             )
-    half = next((kind for kind in ("bf16", "bfloat16", "fp16") if _section(settings, kind).get("enabled")), None)
-    clip = settings.get("gradient_clipping", 0)
-    if half and clip and not zero.get("stage", 0):
+    half, clip = half_precision(settings), gradient_clipping(settings)
+    if half and clip and not zero.stage:
         yield (
             f"{half} with gradient_clipping {clip} at ZeRO stage 0 clips by a wrong norm, as DeepSpeed's optimizer "
             "wrapper forgets there which gradients are sharded: set zero_optimization.stage to 1 (or gradient_clipping "
             "to 0)"
         )
-
-
-def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object of the configuration; what else stands there is for DeepSpeed to refuse."""
-    section = settings.get(name)
-    return section if isinstance(section, Mapping) else {}
 
 
 def _hint(key: Any, known: list[str]) -> str:

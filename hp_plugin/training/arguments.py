@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hp_plugin.training.config import GROUPS, TrainingConfig
+from hp_plugin.training.options import flag, kind_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title)
         for option in fields(group):
-            section.add_argument("--" + option.name.replace("_", "-"), **_argument(option))
+            section.add_argument(flag(option.name), **_argument(option))
     return parser
 
 
@@ -30,11 +31,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """Reads the command line (`sys.argv` by default).
 
     Raises:
-        SystemExit: status 2, after one line on stderr, when a flag is unknown, malformed or missing.
+        SystemExit: status 2, after one line on stderr, when a flag is unknown, malformed, out of its domain or missing.
     """
     parser = build_parser()
     parser.error = user_error  # type: ignore[method-assign]
-    return TrainingConfig(**vars(parser.parse_args(arguments)))
+    try:
+        return TrainingConfig(**vars(parser.parse_args(arguments)))
+    except ValueError as mistake:
+        user_error(str(mistake))
 
 
 def user_error(message: str) -> NoReturn:
@@ -46,8 +50,10 @@ def user_error(message: str) -> NoReturn:
 
 def _argument(option: Field[Any]) -> dict[str, Any]:
     """argparse's description of one field, from its annotation (a string here), default and metadata."""
-    annotation = str(option.type).removesuffix(" | None")
+    annotation, domain = kind_of(option), option.metadata["domain"]
     text = option.metadata["help"].replace("%", "%%")
+    if domain is not None:
+        text += f" [{domain.words}]"
     if annotation == "bool":
         return {"action": "store_true", "help": text}
     described: dict[str, Any] = {"help": text, "choices": option.metadata["choices"]}

@@ -14,32 +14,6 @@ from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
 from hp_plugin.training.moe import moe_complaints
 
-_POSITIVE = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "seq_length",
-    "max_position_embeddings",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "micro_batch_size",
-    "global_batch_size",
-    "train_iters",
-    "lr",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "num_layers_per_virtual_pipeline_stage",
-    "context_parallel_size",
-    "eval_interval",
-    "eval_iters",
-    "log_interval",
-    "save_interval",
-    "exit_interval",
-)
-
 
 def check_config(config: TrainingConfig, world_size: int) -> None:
     """Refuses a configuration that cannot run on `world_size` ranks.
@@ -53,10 +27,6 @@ def check_config(config: TrainingConfig, world_size: int) -> None:
 
 
 def _complaints(config: TrainingConfig, world_size: int) -> Iterator[str]:
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            yield f"--{name.replace('_', '-')} must be positive, got {value}"
     yield from _layout(config, world_size)
     yield from _batch(config, world_size)
     yield from _model(config)
@@ -141,8 +111,6 @@ def _model(config: TrainingConfig) -> Iterator[str]:
     positions = config.max_position_embeddings
     if positions is not None and positions < config.seq_length:
         yield f"--max-position-embeddings {positions} is smaller than --seq-length {config.seq_length}"
-    if not 0 < config.rotary_percent <= 1:
-        yield f"--rotary-percent must be above 0 and at most 1, got {config.rotary_percent}"
     if config.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         yield "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: use local"
     if config.recompute_granularity == "full" and config.recompute_method is None:
@@ -154,6 +122,8 @@ def _model(config: TrainingConfig) -> Iterator[str]:
 def _precision_and_schedule(config: TrainingConfig) -> Iterator[str]:
     if config.fp16 and config.bf16:
         yield "--fp16 and --bf16 exclude each other"
+    if config.optimizer == "sgd" and config.use_distributed_optimizer:
+        yield "--use-distributed-optimizer spreads Adam's state alone: leave it out, or --optimizer sgd"
     if config.lr < config.min_lr:
         yield f"--min-lr {config.min_lr} is above --lr {config.lr}"
     decay = config.lr_decay_iters or config.train_iters

@@ -40,6 +40,7 @@ from hp_plugin.planner.seconds.step import predict
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
+ODD = '{{"num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "seq_length": 16, {}}}'
 QUICK = ["--model", "tiny-gqa", "--steps", "1", "--rounds", "1"]
 
 
@@ -87,8 +88,22 @@ def test_bad_input_is_refused_before_ranks_start(
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ('{"num_layers": 2', "is not JSON"),
-        ("[]", "must hold one object"),
+        ('{"num_layers": 2', "line 1: not JSON"),
+        ("[]", "expected one JSON object, got list"),
+        ('{"num_layers": 2, "num_layers": 3}', "'num_layers' is given twice"),
+        ('{"model_type": "llama", "hidden_size": 64}', "is a Hugging Face configuration ('llama')"),
+        (ODD.format('"swiglu": "false"'), "--swiglu must be true or false, got 'false'"),
+        (
+            ODD.format('"position_embedding_type": "rotary"'),
+            "must be one of learned_absolute, rope, none, got 'rotary'",
+        ),
+        (ODD.format('"ffn_hidden_size": "auto"'), "--ffn-hidden-size must be an integer, got 'auto'"),
+        (ODD.format('"rotary_base": null'), "--rotary-base must be an integer, got None"),
+        (ODD.format('"rotary_base": 2.5'), "--rotary-base must be an integer, got 2.5"),
+        (ODD.format('"norm_epsilon": [1e-5]'), "--norm-epsilon must be a number, got [1e-05]"),
+        (ODD.format('"norm_epsilon": NaN'), "--norm-epsilon must be positive, got nan"),
+        (ODD.format('"data_path": "tokens"'), "--data-path must be a list of at least one word, got 'tokens'"),
+        (ODD.format('"global_batch_size": 0'), "--global-batch-size must be positive, got 0"),
         ('{"num_layers": 2, "hiden_size": 8}', "unknown key 'hiden_size'; did you mean hidden_size?"),
         ('{"num_layers": 2, "sequence_parallel": true}', "is the layout's to say"),
         ('{"num_layers": 2}', "missing hidden_size"),
@@ -98,6 +113,12 @@ def test_a_model_file_that_is_none(model: str, said: str, tmp_path: Path, capsys
     (tmp_path / "model.json").write_text(model)
     assert main(["compare", "--model", str(tmp_path / "model.json"), "--layouts", "tp=1"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_file_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.json").write_text(ODD.format('"seed": 1'), encoding="utf-16")
+    assert main(["compare", "--model", str(tmp_path / "model.json"), "--layouts", "tp=1"]) == 2
+    assert "model.json: not UTF-8 text" in capsys.readouterr().err
 
 
 def test_stock_and_grid_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

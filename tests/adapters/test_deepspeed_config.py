@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from hp_plugin.config import HeadDimConfig
 
 pytest.importorskip("deepspeed")
 
+from deepspeed.runtime.config import DeepSpeedConfig
+
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
+from hp_plugin.deepspeed_adapter.settings import BATCH_KEYS, batch_sizes
 
 # DeepSpeed leaves the files it reads to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -91,6 +95,27 @@ BAD = {
         {"head_dim_parallel": GRID, "fp16": {"enabled": True}, "gradient_clipping": 1.0, "zero_optimization": {}},
         "fp16.*stage to 1",
     ),
+    "stage 0 as a string": (
+        {
+            "head_dim_parallel": GRID,
+            "bf16": {"enabled": True},
+            "gradient_clipping": 1,
+            "zero_optimization": {"stage": "0"},
+        },
+        "bf16.*stage to 1",
+    ),
+    "bf16 switched on by a string": (
+        {"head_dim_parallel": GRID, "bf16": {"enabled": "true"}, "gradient_clipping": 1.0},
+        "bf16.*stage to 1",
+    ),
+    "no stage": ({"head_dim_parallel": GRID, "zero_optimization": {"stage": 4}}, "zero_optimization.stage: .*got 4"),
+    "stage a list": ({"head_dim_parallel": GRID, "zero_optimization": [1]}, r"must be an object, got \[1\]"),
+    "clipping a string": ({"head_dim_parallel": GRID, "gradient_clipping": "1"}, "must be a number, got '1'"),
+    "bf16 no object": ({"head_dim_parallel": GRID, "bf16": True}, "bf16 must be an object, got True"),
+    "Ulysses of one rank, as a mesh": (
+        {"head_dim_parallel": GRID, "sequence_parallel_size": 1, "data_parallel_size": 2},
+        "data_parallel_size 2.*leave",
+    ),
 }
 
 
@@ -105,3 +130,62 @@ def test_half_precision_is_fine_at_stage_1_and_without_clipping() -> None:
     assert head_dim_option(half | {"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}) is not None
     assert head_dim_option(half) is not None
     assert head_dim_option({"head_dim_parallel": GRID, "bf16": {"enabled": False}, "gradient_clipping": 1.0})
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"bf16": {"enabled": True}, "zero_optimization": True},
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": "1"}},
+        {"bf16": {"enabled": "false"}, "zero_optimization": {"stage": 0}},
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2.0}},
+        {"sequence_parallel_size": 1},
+        {"zero_optimization": {"stage": 3, "zero_quantized_gradients": "false", "zero_hpz_partition_size": "1"}},
+    ],
+    ids=str,
+)
+def test_what_deepspeed_reads_as_fine_is_fine(written: dict[str, Any]) -> None:
+    settings = {"head_dim_parallel": GRID, "gradient_clipping": 1.0} | written
+    assert head_dim_option(settings) == HeadDimConfig(4, 2, "sequence")
+    assert "allgather_size" not in settings
+
+
+GIVEN = {"train": "train_batch_size", "micro": "train_micro_batch_size_per_gpu", "steps": "gradient_accumulation_steps"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "replicas"),
+    [
+        ({"train": 8}, 1),
+        ({"train": 8}, 2),
+        ({"micro": 2}, 2),
+        ({"train": 8, "micro": 2}, 1),
+        ({"train": 8, "micro": 2}, 2),
+        ({"train": 8, "steps": 2}, 2),
+        ({"micro": 2, "steps": 4}, 2),
+        ({"train": 16, "micro": 2, "steps": 4}, 2),
+    ],
+    ids=str,
+)
+def test_the_third_batch_size_is_the_one_that_deepspeed_derives(sizes: dict[str, int], replicas: int) -> None:
+    settings = {GIVEN[key]: value for key, value in sizes.items()}
+    deepspeeds = SimpleNamespace(world_size=replicas, **{name: settings.get(name) for name in BATCH_KEYS})
+    DeepSpeedConfig._set_batch_related_parameters(deepspeeds)
+    assert batch_sizes(settings, replicas) == tuple(getattr(deepspeeds, name) for name in BATCH_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "needs train_batch_size or train_micro_batch_size_per_gpu"),
+        ({"train_batch_size": "auto"}, "train_batch_size must be a positive integer, got 'auto'"),
+        ({"train_micro_batch_size_per_gpu": True}, "must be a positive integer, got True"),
+        ({"train_batch_size": 9}, "9 is not .* = 4 × 1 × 2 = 8"),
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}, "8 is not .* = 3 × 1 × 2 = 6"),
+        ({"train_batch_size": 1}, "1 is not .* = 0 × 1 × 2 = 0"),
+    ],
+    ids=str,
+)
+def test_batch_sizes_that_do_not_fit(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        batch_sizes(settings, 2)

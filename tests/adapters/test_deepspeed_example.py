@@ -57,9 +57,17 @@ def test_every_configuration_is_valid(monkeypatch: pytest.MonkeyPatch, name: str
     [
         ({"gpt": {"moe_backend": "megatron"}}, '"moe_backend": "deepspeed" only'),
         ({"zero_optimization": {"stage": 3}}, "set zero_optimization.stage to 1 or 2"),
-        ({"gpt": {"num_expert": 8}}, '"gpt" cannot say num_expert'),
+        ({"gpt": {"num_expert": 8}}, "unknown key 'num_expert'; did you mean num_experts"),
+        ({"gpt": {"position_embedding_type": "rotary"}}, "must be one of learned_absolute, rope, none, got 'rotary'"),
+        ({"gpt": {"swiglu": "false"}}, "--swiglu must be true or false, got 'false'"),
+        ({"gpt": {"hidden_size": "auto"}}, "--hidden-size must be an integer, got 'auto'"),
+        ({"gpt": {"hidden_size": None}}, "--hidden-size must be an integer, got None"),
+        ({"gpt": {"micro_batch_size": 4}}, '"gpt" cannot say micro_batch_size'),
+        ({"zero_optimization": {"stage": "3"}}, "set zero_optimization.stage to 1 or 2"),
+        ({"optimizer": {"params": {"lr": "auto"}}}, "--lr must be a number, got 'auto'"),
+        ({"optimizer": {"params": None}, "gpt": {"lr": 1.0}}, '"gpt" cannot say lr'),
     ],
-    ids=["Megatron's", "ZeRO-3", "typing mistake"],
+    ids=lambda value: str(value)[:50],
 )
 def test_refuses_in_words(change: dict[str, Any], said: str) -> None:
     settings = settings_in("ds_config_moe_cpu.json")
@@ -69,6 +77,25 @@ def test_refuses_in_words(change: dict[str, Any], said: str) -> None:
         settings["gpt"]["sequence_parallel"] = True
     with pytest.raises(ValueError, match=said):
         script().read_config(settings, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sequences", "micro_batch"),
+    [
+        ({"train_batch_size": 8}, 8, 4),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2}, 8, 2),
+        ({"train_micro_batch_size_per_gpu": 3}, 6, 3),
+    ],
+    ids=str,
+)
+def test_batch_sizes_left_out_are_derived(sizes: dict[str, int], sequences: int, micro_batch: int) -> None:
+    settings = settings_in("ds_config_dense_cpu.json") | sizes
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key not in sizes:
+            settings.pop(key, None)
+    # By hand: a 2 × 2 grid on 8 ranks has two replicas.
+    config = script().read_config(settings, 8)
+    assert (config.batch_size(8), config.micro_batch_size) == (sequences, micro_batch)
 
 
 def pretrain(settings: dict[str, Any]) -> list[float]:

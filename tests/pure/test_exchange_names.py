@@ -29,8 +29,9 @@ OTHER_MEANINGS = {
     ("hp_plugin.planner.reports.reproduce", "('batch',)"): 1,
     # Megatron-Core's own layers, and the rates of their kernels
     ("hp_plugin.training.config", "('local', 'transformer_engine')"): 1,
-    ("hp_plugin.training.config", "_opt('local', 'layer implementation', ('local', 'transformer_engine'))"): 1,
+    ("hp_plugin.training.config", "option('local', 'layer implementation', choices=IMPLEMENTATIONS)"): 1,
     ("hp_plugin.training.checks", "config.transformer_impl == 'local'"): 1,
+    ("hp_plugin.training.moe", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.transformer", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.compare.rates.machine", "['local']"): 1,
     ("hp_plugin.compare.rates.machine", "{'local': ...}"): 1,

@@ -1,5 +1,6 @@
 """The reference trainer's command line and what it refuses before anything starts."""
 
+import math
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import pytest
 from hp_plugin.training.arguments import build_parser, parse_arguments
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.options import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, SEED, flag, kind_of
 
 SMALL = shlex.split(
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2"
@@ -64,6 +66,9 @@ def test_every_kind_of_value():
             "invalid choice: 'heads' (choose from 'dim-innermost', 'head-innermost'",
         ),
         ([*SMALL, "--normalization", "BatchNorm"], "invalid choice: 'BatchNorm'"),
+        ([*SMALL, "--recompute-modules", "mlp", "x"], "invalid choice: 'x'"),
+        ([*SMALL, "--lr", "inf"], "--lr must be positive, got inf"),
+        ([*SMALL, "--attention-dropout", "1"], "--attention-dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_malformed_flags_end_with_one_line_and_status_2(arguments, message, capsys, monkeypatch):
@@ -140,6 +145,7 @@ def test_help_lists_every_flag_once():
         ({"rotary_percent": 1.5}, 1, "--rotary-percent must be above 0 and at most 1, got 1.5"),
         ({"recompute_granularity": "full"}, 1, "--recompute-granularity full needs --recompute-method"),
         ({"fp16": True, "bf16": True}, 1, "--fp16 and --bf16 exclude each other"),
+        ({"optimizer": "sgd", "use_distributed_optimizer": True}, 1, "spreads Adam's state alone"),
         ({"min_lr": 1.0}, 1, "--min-lr 1.0 is above --lr 0.001"),
         ({"lr_warmup_iters": 5}, 1, "the warm-up of 5 iterations must be shorter than the decay of 5"),
         ({"data_path": ("/nowhere/x",)}, 1, "--data-path /nowhere/x: there is no file /nowhere/x.bin"),
@@ -207,3 +213,70 @@ def test_the_help_is_complete_where_python_leaves_docstrings_out(command, said):
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert all(words in text for words in said) and "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_layers": "4"}, "--num-layers must be an integer, got '4'"),
+        ({"num_layers": 4.0}, "--num-layers must be an integer, got 4.0"),
+        ({"num_layers": True}, "--num-layers must be an integer, got True"),
+        ({"num_layers": None}, "--num-layers must be an integer, got None"),
+        ({"num_layers": [4]}, "--num-layers must be an integer, got [4]"),
+        ({"kv_channels": "x" * 1000}, "--kv-channels must be an integer, got 'xxx"),
+        ({"lr": "1e-3"}, "--lr must be a number, got '1e-3'"),
+        ({"lr": 10**400}, "--lr must be positive, got 1000"),
+        ({"swiglu": "false"}, "--swiglu must be true or false, got 'false'"),
+        ({"swiglu": 1}, "--swiglu must be true or false, got 1"),
+        ({"position_embedding_type": "rop"}, "got 'rop'; did you mean rope?"),
+        ({"position_embedding_type": 3}, "--position-embedding-type must be a string, got 3"),
+        ({"window_size": [127]}, "--window-size must be two integers, got [127]"),
+        ({"window_size": [127, "0"]}, "--window-size must be two integers, got [127, '0']"),
+        ({"recompute_modules": "mlp"}, "--recompute-modules must be a list of at least one word, got 'mlp'"),
+        ({"recompute_modules": ["mpl"]}, "got 'mpl'; did you mean mlp?"),
+        ({"recompute_modules": []}, "--recompute-modules must be a list of at least one word, got []"),
+        ({"num_layer": 4}, "unknown key 'num_layer'; did you mean num_layers?"),
+    ],
+)
+def test_json_and_python_are_held_to_the_options_own_types(values, message):
+    given = {field.name: getattr(config(), field.name) for field in fields(TrainingConfig)} | values
+    with pytest.raises(ValueError) as refusal:
+        TrainingConfig.from_options(given)
+    assert message in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+def test_json_without_a_required_option_names_it():
+    with pytest.raises(ValueError, match=r"missing .*num_layers, hidden_size"):
+        TrainingConfig.from_options({"lr": 1.0})
+
+
+def test_values_that_mean_the_same_become_the_options_own(tmp_path):
+    meant = config(lr=1, window_size=[7, 0], recompute_modules=["mlp"], save=tmp_path)
+    assert type(meant.lr) is float
+    assert (meant.window_size, meant.recompute_modules, meant.save) == ((7, 0), ("mlp",), str(tmp_path))
+    assert hash(meant) == hash(config(lr=1.0, window_size=(7, 0), recompute_modules=("mlp",), save=str(tmp_path)))
+
+
+# By hand: what Adam, SGD, dropout, norms and Megatron-Core's configuration divide by, index or draw from.
+OUTSIDE = {
+    POSITIVE: (0, -1, math.inf, math.nan),
+    NOT_NEGATIVE: (-1, math.inf, math.nan),
+    PART: (0, 1.5, -0.5, math.nan),
+    BELOW_ONE: (1, -0.5, math.nan),
+    SEED: (-1, 2**31),
+}
+
+
+def test_every_number_has_a_domain_that_is_kept_and_in_the_help():
+    text = " ".join(build_parser().format_help().split())
+    for field in fields(TrainingConfig):
+        if kind_of(field) not in ("int", "float"):
+            continue
+        domain = field.metadata["domain"]
+        assert domain is not None, field.name
+        assert f"[{domain.words}]" in text
+        for value in OUTSIDE[domain]:
+            if kind_of(field) == "int" and not isinstance(value, int):
+                continue
+            with pytest.raises(ValueError, match=re.escape(f"{flag(field.name)} must be {domain.words}, got {value}")):
+                config(**{field.name: value})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from hp_plugin.planner.machine.json_file import read_object
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.options import check_names, settled_value, shown
 
 Options = dict[str, Any]
 """Options of the reference trainer (`TrainingConfig`), under its names."""
@@ -121,6 +122,9 @@ MODELS: dict[str, CatalogueModel] = {
     ),
 }  # fmt: skip
 
+_OF_EVERY_RUN: Options = {"lr": 1e-3, "train_iters": 1, "micro_batch_size": 1}
+"""Options that the trainer requires and a comparison sets itself."""
+
 _OF_THE_LAYOUT = {
     "micro_batch_size",
     "tensor_model_parallel_size",
@@ -141,7 +145,8 @@ def catalogue_model(name: str) -> CatalogueModel:
     """A model of the catalogue, or one from a JSON file of the trainer's options (`global_batch_size` among them).
 
     Raises:
-        ValueError: no such name, no JSON, an option that the trainer lacks or that belongs to the layout.
+        ValueError: no such name, no JSON, an option that the trainer lacks, that belongs to the layout, or with a value
+            that the trainer does not take.
     """
     if name in MODELS:
         return MODELS[name]
@@ -149,25 +154,21 @@ def catalogue_model(name: str) -> CatalogueModel:
         near = get_close_matches(name, MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"--model {name}: {hint}choose from {', '.join(MODELS)}, or name a .json file")
-    try:
-        found = json.loads(Path(name).read_text(encoding="utf-8"))
-    except OSError as missing:
-        raise ValueError(f"--model {name}: {missing.strerror}") from None
-    except json.JSONDecodeError as wrong:
-        raise ValueError(f"--model {name} is not JSON: {wrong}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--model {name} must hold one object of trainer options")
-    known = {field.name for field in fields(TrainingConfig)}
+    found = read_object(Path(name), "--model")
+    family = found.get("model_type") or found.get("architectures")
+    if family:
+        raise ValueError(
+            f"--model {name} is a Hugging Face configuration ({shown(family)}): `hp-plugin plan --model` reads those; "
+            "compare takes options of the trainer: num_layers, hidden_size, num_attention_heads, seq_length, …"
+        )
+    known = {field.name: field for field in fields(TrainingConfig)}
     for key in found:
         if key in _OF_THE_LAYOUT:
             raise ValueError(f"--model {name}: {key} is the layout's to say: give it with --layouts")
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise ValueError(f"--model {name}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-        if key not in found:
-            raise ValueError(f"--model {name}: missing {key}")
-    batch = found.pop("global_batch_size", 8)
-    if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"--model {name}: global_batch_size must be a positive integer, got {batch!r}")
+    try:
+        check_names(TrainingConfig, _OF_EVERY_RUN | found)
+        found = {key: settled_value(known[key], value) for key, value in found.items()}
+    except ValueError as wrong:
+        raise ValueError(f"--model {name}: {wrong}") from None
+    batch = found.pop("global_batch_size", None) or 8
     return CatalogueModel(name, found, batch, 1, "as given")

@@ -62,10 +62,7 @@ def enter(model: CatalogueModel, text: str, world: int) -> Entrant:
     if layout.tp_overlap or not layout.fused or layout.zero == "full":
         raise ValueError(f"layout {text!r}: compare runs no tp_overlap, fused=off or zero=full; `hp-plugin plan` does")
     prepare_device()
-    try:
-        config = TrainingConfig(**_options(model, layout))
-    except TypeError as wrong:
-        raise ValueError(f"model: {str(wrong).partition('() ')[2]}") from None
+    config = TrainingConfig.from_options(_options(model, layout))
     try:
         check_config(config, world)
         build_transformer_config(config, world)

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import nn
 
 from hp_plugin.deepspeed_adapter.moe.layer import DeepSpeedMoELayer
+from hp_plugin.deepspeed_adapter.settings import gradient_clipping, zero_config
 
 
 def check_mixture(model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -35,12 +36,11 @@ def _complaints(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[str]:
         )
     if not _mixtures(model):
         return
-    zero = settings.get("zero_optimization")
-    zero = zero if isinstance(zero, Mapping) else {}
-    stage = zero.get("stage", 0)
+    zero = zero_config(settings)
+    stage = int(zero.stage)
     if stage == 3:
         yield "ZeRO stage 3 cannot split DeepSpeed-MoE's experts: set zero_optimization.stage to 1 or 2"
-    if stage and zero.get("reduce_scatter", True) is False:
+    if stage and not zero.reduce_scatter:
         yield (
             "zero_optimization.reduce_scatter false averages the gradients of different experts: leave it out "
             f"(stage {stage}, mixture of experts)"
@@ -49,7 +49,7 @@ def _complaints(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[str]:
     holders = (
         parallel_state.get_expert_model_parallel_world_size() * parallel_state.get_expert_tensor_parallel_world_size()
     )
-    clip = settings.get("gradient_clipping", 0)
+    clip = gradient_clipping(settings)
     if clip and not stage and holders != ranks:
         yield (
             f"gradient_clipping {clip} at ZeRO stage 0 clips by a wrong norm: DeepSpeed sums the experts' norms over "
