@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -17,6 +18,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
+from hp_plugin.attention.experts import MARKED_EXPERTS
+from hp_plugin.attention.recompute import RecomputableMLP, recomputes_mlp
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.upstream.spec_tree import Replacement, with_replacements
 
@@ -42,7 +45,7 @@ def head_dim_spec(
     config: TransformerConfig,
     vp_stage: int | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Any stock GPT layer or block spec with `HeadDimSelfAttention` for `SelfAttention`, and fitting norms.
+    """Any stock GPT layer or block spec with `HeadDimSelfAttention` for `SelfAttention`, fitting norms and experts.
 
     Raises:
         ValueError: the spec has no `SelfAttention` to replace.
@@ -52,7 +55,18 @@ def head_dim_spec(
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
         )
-    return sequence_parallel_norms(swapped, config, vp_stage)
+    return sequence_parallel_norms(mended_mlps(swapped, config), config, vp_stage)
+
+
+def mended_mlps(layer_spec: Any, config: TransformerConfig) -> Any:
+    """The spec with MLPs and experts that train right where stock's do not, for stock attention, too.
+
+    Experts have whole gradients and norms on every layout, and MLPs with biases can be recomputed.
+    """
+    mended = {stock: Replacement(marked) for stock, marked in MARKED_EXPERTS.items()}
+    if recomputes_mlp(config):
+        mended[MLP] = Replacement(RecomputableMLP)
+    return with_replacements(layer_spec, mended)
 
 
 def sequence_parallel_norms(

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from hp_plugin import cpu_backend
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.upstream.moe_log import recorded_figures
 
@@ -49,19 +50,23 @@ def moe_complaints(config: TrainingConfig) -> Iterator[str]:
         if config.expert_model_parallel_size > 1:
             yield f"--expert-model-parallel-size {config.expert_model_parallel_size} needs --num-experts"
         return
-    if config.num_experts < 1:
-        yield f"--num-experts must be positive, got {config.num_experts}"
-    if config.expert_model_parallel_size < 1:
-        yield f"--expert-model-parallel-size must be positive, got {config.expert_model_parallel_size}"
-    if config.moe_layer_freq < 1:
-        yield f"--moe-layer-freq must be positive, got {config.moe_layer_freq}"
-    factor = config.moe_expert_capacity_factor
-    if factor is not None and factor <= 0:
-        yield f"--moe-expert-capacity-factor must be positive, got {factor}: leave it out to drop no tokens"
     if config.moe_backend == "deepspeed":
         if find_spec("deepspeed") is None:
             yield "--moe-backend deepspeed needs DeepSpeed, which is not installed: pip install 'hp-plugin[deepspeed]'"
-    elif config.tensor_parallel > 1 and not config.sequence_parallel:
+        return
+    experts, slices = config.expert_model_parallel_size, expert_sizes(config)["expert_tensor_parallel_size"]
+    if config.transformer_impl == "local" and not config.disable_bias_linear and experts == 1:
+        # Its MLP adds them in place to what a collective over one rank returned, which autograd forbids.
+        yield (
+            "Megatron-Core's local experts with biases run only where they are spread: give --disable-bias-linear, or "
+            "--expert-model-parallel-size above 1 with --expert-tensor-parallel-size 1"
+        )
+    if cpu_backend.is_enabled() and experts > 1 and slices > 1:
+        yield (
+            f"--expert-model-parallel-size {experts} with --expert-tensor-parallel-size {slices} gathers unequal "
+            "numbers of tokens, which gloo cannot: on the CPU give one of them 1"
+        )
+    if config.tensor_parallel > 1 and not config.sequence_parallel:
         yield (
             f"Megatron's MoE on {config.tensor_parallel} tensor-parallel ranks needs --sequence-parallel; "
             "--moe-backend deepspeed does not"

@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin import cpu_backend
-from hp_plugin.attention.specs import head_dim_spec, sequence_parallel_norms
+from hp_plugin.attention.specs import head_dim_spec, mended_mlps, sequence_parallel_norms
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import find_world_size
@@ -139,6 +139,7 @@ def build_layer_spec(config: TrainingConfig, transformer_config: TransformerConf
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     if config.head_dim is not None:
         return head_dim_spec(spec, transformer_config, vp_stage=chunk)
+    spec = mended_mlps(spec, transformer_config)
     if transformer_config.sequence_parallel and config.transformer_impl == "local":
         return sequence_parallel_norms(spec, transformer_config, vp_stage=chunk)
     return spec

@@ -36,6 +36,40 @@ def test_both_backends_on_a_grid_equal_one_rank(ranks: Ranks, tmp_path: Path) ->
         assert ("dropped_token_share: 0.000000E+00" in said) == (backend == "deepspeed")
 
 
+# Plain SGD with a large step, and a norm that is always clipped: a gradient that lacks a share or counts twice shows.
+STEEP = "--num-experts 4 --moe-router-topk 2 --train-iters 3 --optimizer sgd --lr 0.5 --clip-grad 0.5"
+PLAIN = f"{STEEP} --disable-bias-linear"
+WHOLE = "--sequence-parallel --expert-tensor-parallel-size 1"
+SPREAD = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reference", "layout"),
+    [
+        (PLAIN, (1, ""), (2, f"--tensor-model-parallel-size 2 {WHOLE}")),
+        (PLAIN, (1, ""), (2, f"--head-dim-parallel 1,2 {WHOLE}")),
+        (
+            f"{PLAIN} --swiglu",
+            (1, ""),
+            (4, "--head-dim-parallel 2,2 --sequence-parallel --expert-tensor-parallel-size 2"),
+        ),
+        (
+            f"{PLAIN} --optimizer adam --lr 1e-2",
+            (1, ""),
+            (4, f"--head-dim-parallel 1,2 --micro-batch-size 2 {WHOLE} --use-distributed-optimizer"),
+        ),
+        # Stock's experts with biases do not run on one rank: here they are spread over data-parallel ones.
+        (STEEP, (2, SPREAD), (2, f"--head-dim-parallel 1,2 --sequence-parallel {SPREAD}")),
+    ],
+    ids=["stock", "grid", "halved", "replicas", "biases"],
+)
+def test_megatrons_experts_have_whole_gradients_on_every_layout(
+    ranks: Ranks, tmp_path: Path, flags: str, reference: tuple[int, str], layout: tuple[int, str]
+) -> None:
+    runs = [ranks.run(world, losses_of, str(tmp_path), f"{flags} {more}")[-1][0] for world, more in (reference, layout)]
+    assert runs[1] == pytest.approx(runs[0], abs=2e-6)
+
+
 def test_the_launcher_takes_its_flag_out_of_the_command_line() -> None:
     words = ["--num-experts", "4", "--lr", "1"]
     assert take_backend(words) == (words, "megatron")

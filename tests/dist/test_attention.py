@@ -36,6 +36,10 @@ def matrix() -> list[Case]:
             {"window_size": (5, 0)},
             {"softmax_scale": 0.25},
             {"apply_query_key_layer_scaling": True},
+            # What stock decides per layer: the first is exempt from rotary positions, or not, or from the window.
+            {"no_rope_freq": [1, 0]},
+            {"no_rope_freq": [0, 1], "qk_l2_norm": True},
+            {"window_size": (5, 0), "window_attn_skip_freq": [0, 1]},
         ):
             cases.append(Case(2, 2, exchange, config=config, rope=rope, **small))
         for settings in (

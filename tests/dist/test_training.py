@@ -77,6 +77,25 @@ def test_losses_do_not_depend_on_the_layout(ranks, cache, one_rank, layout):
     assert difference(losses, one_rank(model)) < 1e-4
 
 
+RECOMPUTED = "--train-iters 4 --recompute-granularity selective --recompute-modules mlp"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, "--hidden-dropout 0.1"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--head-dim-parallel 1,2"),
+        (2, "--head-dim-parallel 1,2 --head-dim-exchange scores --sequence-parallel"),
+    ],
+)
+def test_mlps_with_biases_are_recomputed(ranks, cache, world_size, flags):
+    """Stock hangs: the bias parameter itself would be the output of its checkpoint function."""
+    expected = ranks.run(world_size, train, cache, f"--train-iters 4 {flags}")[-1][0]
+    found = ranks.run(world_size, train, cache, f"{RECOMPUTED} {flags}", timeout=120)[-1][0]
+    assert len(found) == 4 and difference(found, expected) < 1e-6
+
+
 @pytest.mark.parametrize("flags", ["", "--head-dim-parallel 2,2"], ids=["stock", "grid 2x2"])
 def test_fp16_skips_nothing_and_stays_near_fp32(ranks, cache, one_rank, flags):
     losses, said = ranks.run(4 if flags else 1, train, cache, f"--fp16 --initial-loss-scale 1024 {flags}")[-1]

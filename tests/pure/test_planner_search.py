@@ -155,6 +155,24 @@ def test_deepspeed_config_says_the_layout() -> None:
         deepspeed_config(predict(MODEL, Layout.parse("tp=2,pp=2,mbs=2"), TRAIN, H100))
 
 
+def test_a_deepspeed_line_is_printed_for_experts_that_its_engine_trains_alone() -> None:
+    model = ModelShape("moe", 2, 1024, 8, 8, 128, 4096, vocab=1000, experts=4)
+    layouts = {moe: f"tp=2,sp,ep=2,mbs=2,moe={moe}" for moe in ("megatron", "deepspeed")}
+    found = {moe: predict(model, Layout.parse(text), TRAIN, H100) for moe, text in layouts.items()}
+    assert deepspeed_config(found["deepspeed"])["train_micro_batch_size_per_gpu"] == 2
+    with pytest.raises(ValueError, match="trains DeepSpeed's experts alone"):
+        deepspeed_config(found["megatron"])
+
+
+def test_experts_that_all_tensor_parallel_ranks_hold_are_planned_where_their_gradients_are_summed() -> None:
+    model = ModelShape("moe", 2, 1024, 8, 8, 128, 4096, vocab=1000, experts=4)
+    with pytest.raises(ValueError, match=r"experts that all TP=2 ranks hold \(ep=1\) unsummed"):
+        predict(model, Layout.parse("tp=2,sp,mbs=2"), TRAIN, H100)
+    for text in ("grid=2x1,sp,mbs=2", "grid=1x2,sp,mbs=2", "tp=2,sp,mbs=2,moe=deepspeed", "tp=2,sp,ep=2,mbs=2"):
+        assert predict(model, Layout.parse(text), TRAIN, H100).tokens_per_s > 0
+    assert predict(model, Layout.parse("tp=2,sp,mbs=2"), replace(TRAIN, mode="forward"), H100).tokens_per_s > 0
+
+
 def test_reports_carry_the_numbers() -> None:
     text = "\n".join(plan_report(PLAN, 3, "bf16"))
     assert f"{PLAN.found[0].tokens_per_s:,.0f}" in text

@@ -110,6 +110,12 @@ def _experts(share: Share) -> list[Refusal]:
         found.append(Refusal("experts", f"{model.experts} experts do not divide over ep={layout.ep}"))
     if ranks % layout.ep:
         found.append(Refusal("ep", f"ep={layout.ep} does not divide the {ranks} ranks of a pipeline stage"))
+    if layout.moe == "megatron" and layout.grid is None and layout.ep == 1 < layout.tp and share.workload.training:
+        said = (
+            f"stock Megatron-Core leaves the gradients of experts that all TP={layout.tp} ranks hold (ep=1) unsummed: "
+            "spread the experts over ranks (ep), or train on a grid"
+        )
+        found.append(Refusal("unsummed experts", said))
     if layout.moe == "megatron" and layout.tp > 1 and not layout.sp and share.workload.mode != "decode":
         said = "Megatron-Core runs MoE under TP only with sequence parallelism (sp)"
         found.append(Refusal("Megatron MoE", said))

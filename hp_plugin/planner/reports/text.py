@@ -41,9 +41,17 @@ def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
         missing = not_in_flags(found.model)
         if missing:
             lines.append(f"no flag of pretrain_gpt.py builds, of {found.model.name}: {'; '.join(missing)}")
-        if training and found.layout.pp == 1 and found.layout.cp == 1:
-            lines.append(f"DeepSpeed: {json.dumps(deepspeed_config(found, dtype))}")
+        if training:
+            lines += _deepspeed_line(found, dtype)
     return [*lines, *_refusals(plan)]
+
+
+def _deepspeed_line(found: Prediction, dtype: str) -> list[str]:
+    """The layout as a DeepSpeed configuration, where it can be one."""
+    try:
+        return [f"DeepSpeed: {json.dumps(deepspeed_config(found, dtype))}"]
+    except ValueError:
+        return []
 
 
 def _launches(plan: Plan) -> list[tuple[str, Prediction]]:

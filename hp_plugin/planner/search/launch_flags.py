@@ -128,9 +128,12 @@ def deepspeed_config(prediction: Prediction, dtype: str = "bf16") -> dict[str, A
     """The DeepSpeed configuration of a layout; the grid is its `head_dim_parallel` option.
 
     Raises:
-        ValueError: a pipeline or context-parallel layout, which is not a matter of DeepSpeed's configuration.
+        ValueError: a pipeline or context-parallel layout, which is not a matter of DeepSpeed's configuration, or
+            Megatron's experts, which DeepSpeed's engine does not train.
     """
     layout, workload = prediction.layout, prediction.workload
+    if prediction.model.experts and layout.moe != "deepspeed":
+        raise ValueError(f"{layout}: DeepSpeed's engine trains DeepSpeed's experts alone (moe=deepspeed)")
     if layout.pp > 1 or layout.cp > 1:
         raise ValueError(f"{layout}: pipeline and context parallelism are not part of a DeepSpeed configuration")
     stage = {"replicated": 0, "optimizer": 1, "full": 3}[layout.zero]
