@@ -22,6 +22,7 @@ from torch import Tensor
 from hp_plugin.attention.core_attention import HeadDimCoreAttention
 from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, submodule_spec
 from hp_plugin.attention.transformer_config import attention_shape, check_supported
+from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES, candidates, fitting, way_out
@@ -68,6 +69,8 @@ class HeadDimSelfAttention(SelfAttention):
         head_dim.check_heads(h, g, d)
         gate = getattr(config, "attention_output_gate", False)
         layout = QKVLayout(g // head_dim.m, h // g, d // head_dim.n, gate)
+        rows = qkv_rows(h, g, d, head_dim.m, head_dim.n, gate)
+        columns = proj_columns(h, d, head_dim.m, head_dim.n)
         exchanges = {name: STRATEGIES[name](groups, layout) for name in candidates(head_dim.exchange, head_dim.n)}
         turn = Turn(next(iter(exchanges.values())))
         collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
@@ -81,7 +84,7 @@ class HeadDimSelfAttention(SelfAttention):
                     HeadDimColumnParallelLinear,
                     submodules.linear_qkv,
                     groups=groups,
-                    axis=qkv_rows(h, g, d, head_dim.m, head_dim.n, gate),
+                    axis=rows,
                     turn=turn,
                 ),
                 core_attention=submodule_spec(
@@ -91,7 +94,7 @@ class HeadDimSelfAttention(SelfAttention):
                     HeadDimRowParallelLinear,
                     submodules.linear_proj,
                     groups=groups,
-                    axis=proj_columns(h, d, head_dim.m, head_dim.n),
+                    axis=columns,
                     turn=turn,
                 ),
             ),
@@ -101,6 +104,8 @@ class HeadDimSelfAttention(SelfAttention):
             pg_collection=collection,
             **kwargs,
         )
+        fenced = {"linear_qkv.weight": (0, rows), "linear_qkv.bias": (0, rows), "linear_proj.weight": (1, columns)}
+        fence_weights(self, fenced, groups.grid, *groups.coordinates)
         # Stock numbers replicas in checkpoints by it, and the QK-norms are replicated over all of the grid.
         self.tp_group = groups.tp
         self.head_dim = head_dim
@@ -141,6 +146,8 @@ class HeadDimSelfAttention(SelfAttention):
             raise ValueError(
                 f"packed sequences cannot be split over the dim axis: {self.head_dim.without_slices(h, g)}, or pad"
             )
+        if self._rotates_nothing:
+            rotary_pos_emb = None
         angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
         exchange = self._pick(hidden_states, angles[0], attention_bias is not None, inference_context)
         stock, own = exchange.split_angles(angles, self.config)
@@ -154,6 +161,12 @@ class HeadDimSelfAttention(SelfAttention):
             inference_context=inference_context,
             **kwargs,
         )
+
+    @property
+    def _rotates_nothing(self) -> bool:
+        """Whether stock exempts this layer from rotary positions, which exchanges that rotate must heed."""
+        exempt = getattr(self.config, "no_rope_freq", None)
+        return bool(exempt and exempt[self.layer_number - 1])
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As stock; an exchange whose column-parallel layer hands over separate tensors norms and rotates them."""

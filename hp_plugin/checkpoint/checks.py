@@ -1,7 +1,9 @@
-"""What a torch_dist checkpoint must have to be loaded here, said before anything of it is loaded."""
+"""What a checkpoint must have, and must not, to be loaded here, said before anything of it is loaded."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.package_info import __version__ as MEGATRON_CORE
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hp_plugin.upstream.checkpoint_format import COMMON_FILE, common_state_is_sharded, reads_sharded_common_state
 
 SHOWN = 3
+_NO_WEIGHTS = ("optimizer.", "chained_")
+"""How Megatron-Core's keys of optimizer state begin."""
 
 
 class WrongModelError(ValueError):
@@ -65,7 +70,7 @@ def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path) -> Non
         sharded_state_dict: what is to be loaded, as `dist_checkpointing.load` takes it.
 
     Raises:
-        WrongModelError: names the first tensors that are not there or have another global shape.
+        WrongModelError: names the first tensors that are not there, are left over or have another global shape.
     """
     stored = _metadata(Path(folder)).state_dict_metadata
     complaints = []
@@ -75,12 +80,84 @@ def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path) -> Non
             complaints.append(f"{tensor.key} {tuple(tensor.global_shape)} is not in the checkpoint")
         elif tuple(size) != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
             complaints.append(f"{tensor.key} is {tuple(size)} there and {tuple(tensor.global_shape)} here")
+    complaints += _left_over(sharded_state_dict, stored)
+    refuse_together(complaints, folder)
+
+
+def check_state(modules: Mapping[str, nn.Module], state: Mapping[str, Any], file: str | Path) -> None:
+    """Refuses a rank's own file of another model, on all ranks together; a collective call over the default group.
+
+    Args:
+        modules: what the file's parts are to be loaded into, by their names in it.
+        state: what the file holds; empty where it could not be read.
+
+    Raises:
+        WrongModelError: names the first tensors that are missing, left over or of another shape on any rank.
+    """
+    complaints: list[str] = []
+    for part, module in modules.items():
+        ours, theirs = _shapes(module.state_dict()), _shapes(state.get(part, {}))
+        complaints += [f"{name} {ours[name]} is not in the file" for name in ours if name not in theirs]
+        complaints += [f"{name} {theirs[name]} is left over{explained(name)}" for name in theirs if name not in ours]
+        complaints += [
+            f"{name} is {theirs[name]} there and {ours[name]} here"
+            for name in ours
+            if ours[name] != theirs.get(name, ours[name])
+        ]
+    refuse_together(complaints, file)
+
+
+def refuse_together(complaints: list[str], source: str | Path, about: str = "is of another model") -> None:
+    """Raises the same error on all ranks if any of them has a complaint; a collective call over the default group.
+
+    Raises:
+        WrongModelError: the first complaints of all ranks.
+    """
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, complaints)
     said = list(dict.fromkeys(complaint for complaints in everyone for complaint in complaints))
     if said:
         more = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
-        raise WrongModelError(f"checkpoint {folder} is of another model: " + "; ".join(said[:SHOWN]) + more)
+        raise WrongModelError(f"checkpoint {source} {about}: " + "; ".join(said[:SHOWN]) + more)
+
+
+_FLAGS = (
+    (r"self_attention\.linear_qkv\.bias$", "--add-qkv-bias, or no --disable-bias-linear"),
+    (r"(linear_\w+|router|experts)\.bias$|\.bias\d*$", "no --disable-bias-linear, or --normalization LayerNorm"),
+    (r"position_embeddings", "--position-embedding-type learned_absolute"),
+    (r"output_layer\.weight$", "--untie-embeddings-and-output-weights"),
+    (r"[qk]_layernorm", "--qk-layernorm"),
+    (r"experts|router", "--num-experts"),
+    (r"\.mtp\.|^mtp\.", "--mtp-num-layers"),
+)
+
+
+def explained(name: str) -> str:
+    """The flags that would give a model a tensor of this name, in brackets; nothing where none is known."""
+    flags = next((flags for pattern, flags in _FLAGS if re.search(pattern, name)), None)
+    return "" if flags is None else f" (it comes from {flags})"
+
+
+def _left_over(sharded_state_dict: dict[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Weights in the checkpoint that no rank asks for, said by the first rank; a collective call.
+
+    Optimizer state follows the weights, and may be left out on purpose.
+    """
+    own = {tensor.key for tensor in _expected(sharded_state_dict)}
+    everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    if dist.get_rank() > 0:
+        return []
+    wanted = set().union(*everyone)
+    return [
+        f"{key} {tuple(kept.size)} is left over{explained(key)}"
+        for key, kept in stored.items()
+        if isinstance(kept, TensorStorageMetadata) and key not in wanted and not key.startswith(_NO_WEIGHTS)
+    ]
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _metadata(folder: Path) -> Metadata:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hp_plugin.attention.registration import initialize_head_dim_parallel, registered_groups, when_registered
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.deepspeed_adapter.checkpoint_layout import keep_to_layout
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.cpu_start import skip_inference_extension
 from hp_plugin.deepspeed_adapter.gradients import sum_replica_gradients
@@ -124,6 +125,7 @@ def initialize(
             )
         result = deepspeed.initialize(model=model, mpu=mpu, **given)
         attach_mixture(result[0])
+        keep_to_layout(result[0], None)
         return result
     if isinstance(model, deepspeed.PipelineModule):
         raise ValueError(f"{KEY} does not work with DeepSpeed's PipelineModule: train with a plain module")
@@ -149,6 +151,7 @@ def initialize(
     # After the engine: it changes parameters' dtypes, which hooks on them would not survive.
     sum_replica_gradients(built, groups.tp)
     attach_mixture(result[0])
+    keep_to_layout(result[0], head_dim)
     return result
 
 

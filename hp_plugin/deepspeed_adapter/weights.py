@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import nn
 
+from hp_plugin.checkpoint.checks import check_tensors
+
 _KEY = "model"
 
 
@@ -44,7 +46,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         model: a Megatron-Core model on the grid of this run.
 
     Raises:
-        ValueError: there is no distributed checkpoint, or DeepSpeed has the model already and keeps copies of its own.
+        ValueError: there is no distributed checkpoint, it is of another model, or DeepSpeed has the model already and
+            keeps copies of its own.
     """
     path = Path(folder)
     if isinstance(model, deepspeed.DeepSpeedEngine) or any(hasattr(p, "ds_id") for p in model.parameters()):
@@ -54,5 +57,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         )
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise ValueError(f"{path} holds no Megatron distributed checkpoint, as save_weights writes it")
-    loaded = dist_checkpointing.load({_KEY: model.sharded_state_dict()}, str(path))
+    state = {_KEY: model.sharded_state_dict()}
+    check_tensors(state, path)
+    loaded = dist_checkpointing.load(state, str(path))
     model.load_state_dict(loaded[_KEY])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -88,6 +89,12 @@ def damaged(cache: str, path: str) -> dict[str, Any]:
     said["shape"] = refused(cache, f"{load} --ffn-hidden-size 48")
     said["format"] = refused(cache, f"{load} --ckpt-format torch")
     said["optimizer"] = refused(cache, f"{load} --use-distributed-optimizer")
+    said["biases"] = refused(cache, f"{load} --disable-bias-linear")
+    said["finetuned"] = refused(cache, f"{load} --disable-bias-linear --finetune --train-iters 1")
+    said["norms"] = refused(cache, f"{load} --normalization RMSNorm")
+    said["output"] = refused(cache, f"{load} --untie-embeddings-and-output-weights")
+    train_saving(cache, f"{local.replace('/good', '/untied')} --untie-embeddings-and-output-weights")
+    said["tied"] = refused(cache, load.replace("/good", "/untied"))
     said["weights alone"] = refused(cache, f"{load} --use-distributed-optimizer --finetune --train-iters 1")
     folder = Path(path) / "good" / "iter_0000001"
     shard = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
@@ -106,9 +113,54 @@ def test_what_cannot_load_says_why(ranks: Ranks, tmp_path: Path) -> None:
     assert "mlp.linear_fc1.weight is (2, 128, 32) there and (2, 48, 32) here" in said["shape"]
     assert "not of --ckpt-format torch" in said["format"]
     assert "without --use-distributed-optimizer" in said["optimizer"]
+    assert "layers.mlp.linear_fc1.bias (2, 128) is left over (it comes from no --disable-bias-linear" in said["biases"]
+    assert said["finetuned"] == said["biases"]
+    assert "left over (it comes from no --disable-bias-linear, or --normalization LayerNorm)" in said["norms"]
+    assert "output_layer.weight (384, 32) is not in the checkpoint" in said["output"]
+    assert "output_layer.weight (384, 32) is left over" in said["tied"]
+    assert "(it comes from --untie-embeddings-and-output-weights)" in said["tied"]
     assert said["weights alone"] == "loaded"
     assert f"{said['shard']} is truncated" in said["truncated"]
     assert f"{said['shard']} is missing" in said["missing"]
+
+
+def own_files(cache: str, path: str) -> dict[str, str]:
+    """What is said, on this rank, of files of --ckpt-format torch that do not fit."""
+    layout = "--mock-data --head-dim-parallel 1,2 --ckpt-format torch"
+    train_saving(cache, f"{layout} --train-iters 1 --save {path}/own")
+    load, said = f"{layout} --train-iters 2 --load {path}/own", {}
+    said["its own"] = refused(cache, load)
+    said["biases"] = refused(cache, f"{load} --disable-bias-linear")
+    said["QK-norm"] = refused(cache, f"{load} --qk-layernorm")
+    said["shape"] = refused(cache, f"{load} --ffn-hidden-size 64 --finetune")
+    said["stock"] = refused(cache, load.replace("--head-dim-parallel 1,2", "--tensor-model-parallel-size 2"))
+    file = Path(path) / "own" / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt"
+    if dist.get_rank() == 0:
+        file.write_bytes(file.read_bytes()[:1000])
+    dist.barrier()
+    said["damaged"] = refused(cache, load)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file.unlink()
+    dist.barrier()
+    said["missing"] = refused(cache, load)
+    return said
+
+
+def test_a_ranks_own_file_that_does_not_fit_is_told_alike_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    both = ranks.run(2, own_files, str(tmp_path), str(tmp_path))
+    assert both[0] == both[1]
+    said = both[0]
+    assert said["its own"] == "loaded"
+    # By hand: a QKV bias of (4 + 2 · 4) · 8 channels, half of them on a rank, as 12 slots of 4.
+    assert "decoder.layers.0.self_attention.linear_qkv.bias (12, 4) is left over" in said["biases"]
+    assert "decoder.layers.0.self_attention.q_layernorm.weight (8,) is not in the file" in said["QK-norm"]
+    assert ": decoder.layers.0.mlp.linear_fc1.weight is (64, 32) there and (32, 32) here; " in said["shape"]
+    assert "loads only on the layout that saved it" in said["stock"]
+    for name in ("biases", "QK-norm", "shape"):
+        assert said[name].startswith("on the ranks: checkpoint") and len(said[name]) < 600
+    assert "mp_rank_01/model_optim_rng.pt cannot be read" in said["damaged"]
+    assert "mp_rank_01/model_optim_rng.pt is missing" in said["missing"]
 
 
 def local_elsewhere(cache: str, path: str) -> list[str]:

@@ -1,13 +1,18 @@
 """Checkpoints of DeepSpeed's engine: its own resume bit-equal on one grid, Megatron's carry weights to another."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 
+from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.config import HeadDimConfig
 from tests.adapters.deepspeed_cases import (
     DeepSpeedCase,
     EngineOutcome,
@@ -58,6 +63,64 @@ def test_deepspeeds_own_resumes_bit_equal(ranks: Ranks, tmp_path: Path, stage: i
         assert resumed.grad_norms == straight.grad_norms
         for name, (tensor, _, _) in straight.params.items():
             assert torch.equal(resumed.params[name][0], tensor), name
+
+
+OTHERS = {"2x1": replace(CASE, m=2, n=1), "1x2": replace(CASE, m=1, n=2)}
+
+
+def save_here_and_load_elsewhere(stage: int, folder: str) -> dict[str, str]:
+    """What a grid, another grid and stock DeepSpeed say to each other's checkpoints; "loaded" for its own."""
+    import deepspeed
+
+    from hp_plugin.deepspeed_adapter.checkpoint_layout import FILE
+    from hp_plugin.deepspeed_adapter.guard import adapter_calls
+    from hp_plugin.deepspeed_adapter.mpu import GridMpu
+
+    said = {}
+    with deepspeed_rank():
+        for name, case in OTHERS.items():
+            engine = start_engine(replace(case, stage=stage))
+            run_steps(engine, range(1))
+            engine.save_checkpoint(f"{folder}/{name}", tag="here")
+            parallel_state.destroy_model_parallel()
+        for name, case in OTHERS.items():
+            engine = start_engine(replace(case, stage=stage))
+            for saved in OTHERS:
+                said[f"{saved} on {name}"] = answer(lambda: engine.load_checkpoint(f"{folder}/{saved}"))  # noqa: B023
+            if dist.get_rank() == 0:
+                shutil.copytree(f"{folder}/{name}", f"{folder}/{name}-bare")
+                Path(folder, f"{name}-bare", "here", FILE).unlink()
+            dist.barrier()
+            said[f"unrecorded on {name}"] = answer(lambda: engine.load_checkpoint(f"{folder}/{name}-bare"))  # noqa: B023
+            parallel_state.destroy_model_parallel()
+        # The same module on slices of heads by itself, as plain DeepSpeed would have it from a script of stock's.
+        case = replace(OTHERS["2x1"], stage=stage)
+        initialize_head_dim_parallel(HeadDimConfig(2, 1))
+        tensor_parallel.model_parallel_cuda_manual_seed(123)
+        settings = {key: value for key, value in settings_of(case).items() if key != "head_dim_parallel"}
+        with adapter_calls():
+            engine = deepspeed.initialize(model=build_gpt(case), config=settings, mpu=GridMpu.from_parallel_state())[0]
+        said["1x2 in stock"] = answer(lambda: engine.load_checkpoint(f"{folder}/1x2"))
+        parallel_state.destroy_model_parallel()
+    return said
+
+
+def answer(load: Callable[[], tuple[str | None, Any]]) -> str:
+    try:
+        return "loaded" if load()[0] is not None else "nothing"
+    except (ValueError, RuntimeError) as refusal:
+        return str(refusal)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_engines_checkpoint_loads_only_on_the_layout_that_saved_it(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    for said in ranks.run(2, save_here_and_load_elsewhere, stage, str(tmp_path)):
+        assert said["2x1 on 2x1"] == said["1x2 on 1x2"] == said["unrecorded on 2x1"] == "loaded"
+        assert "saved with the grid 1,2" in said["1x2 on 2x1"] and "this run has the grid 2,1" in said["1x2 on 2x1"]
+        assert "saved with the grid 2,1" in said["2x1 on 1x2"] and "save_weights there" in said["2x1 on 1x2"]
+        assert "has no head_dim_layout.json: it was saved in stock" in said["unrecorded on 1x2"]
+        assert "saved_on_head_dim_grid" in said["1x2 in stock"]
 
 
 def train_and_save_weights(case: DeepSpeedCase, folder: str) -> EngineOutcome:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from hp_plugin.checkpoint.checks import check_state, refuse_together
 from hp_plugin.checkpoint.rules import check_same_layout, recorded_head_dim
 from hp_plugin.training.checkpoints.state import (
     VERSION,
@@ -47,10 +48,18 @@ def load(trainer: Trainer, folder: Path) -> int:
     """Restores this rank's file; returns its iteration. Only what this trainer wrote: it unpickles.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        WrongModelError: on all ranks, if the file of any is missing, damaged or of another model.
     """
     path = _rank_file(trainer.config, folder)
-    state = _read(path)
+    damage: list[str] = []
+    try:
+        state = _read(path)
+    except ValueError as unreadable:
+        damage = [str(unreadable)]
+    # All ranks together: one that ended alone would leave the others waiting for it.
+    refuse_together(damage, folder, "cannot be loaded")
+    chunks = [unwrapped(chunk) for chunk in trainer.model]
+    check_state(dict(zip(model_keys(trainer), chunks, strict=True)), state, folder)
     if trainer.config.finetune:
         for part in ("optimizer", "opt_param_scheduler", "rng_state"):
             state.pop(part, None)
