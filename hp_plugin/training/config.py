@@ -56,7 +56,9 @@ class NetworkOptions:
     disable_bias_linear: bool = option(False, "no biases in linear layers")
     add_qkv_bias: bool = option(False, "biases in the QKV projection even without the others")
     attention_output_gate: bool = option(False, "gate the attention output, one gate per channel")
-    window_size: tuple[int, int] | None = option(None, "sliding window: keys left,right of each query, e.g. 127,0")
+    window_size: tuple[int, int] | None = option(
+        None, "sliding window: keys left,right of each query, e.g. 127,0", NOT_NEGATIVE
+    )
     untie_embeddings_and_output_weights: bool = option(False, "output weights of their own")
     vocab_size: int | None = option(
         None, f"tokens before end-of-document and padding (default {BYTE_VOCABULARY})", POSITIVE

@@ -50,20 +50,28 @@ def moe_complaints(config: TrainingConfig) -> Iterator[str]:
         if config.expert_model_parallel_size > 1:
             yield f"--expert-model-parallel-size {config.expert_model_parallel_size} needs --num-experts"
         return
+    experts, chosen = config.num_experts, config.moe_router_topk
+    if chosen > experts:
+        yield f"--moe-router-topk {chosen} must be at most --num-experts {experts}"
+    if experts % config.expert_model_parallel_size:
+        yield (
+            f"--num-experts {experts} do not divide over --expert-model-parallel-size "
+            f"{config.expert_model_parallel_size}"
+        )
     if config.moe_backend == "deepspeed":
         if find_spec("deepspeed") is None:
             yield "--moe-backend deepspeed needs DeepSpeed, which is not installed: pip install 'hp-plugin[deepspeed]'"
         return
-    experts, slices = config.expert_model_parallel_size, expert_sizes(config)["expert_tensor_parallel_size"]
-    if config.transformer_impl == "local" and not config.disable_bias_linear and experts == 1:
+    spread, slices = expert_sizes(config).values()
+    if config.transformer_impl == "local" and not config.disable_bias_linear and spread == 1:
         # Its MLP adds them in place to what a collective over one rank returned, which autograd forbids.
         yield (
             "Megatron-Core's local experts with biases run only where they are spread: give --disable-bias-linear, or "
             "--expert-model-parallel-size above 1 with --expert-tensor-parallel-size 1"
         )
-    if cpu_backend.is_enabled() and experts > 1 and slices > 1:
+    if cpu_backend.is_enabled() and spread > 1 and slices > 1:
         yield (
-            f"--expert-model-parallel-size {experts} with --expert-tensor-parallel-size {slices} gathers unequal "
+            f"--expert-model-parallel-size {spread} with --expert-tensor-parallel-size {slices} gathers unequal "
             "numbers of tokens, which gloo cannot: on the CPU give one of them 1"
         )
     if config.tensor_parallel > 1 and not config.sequence_parallel:
@@ -74,15 +82,24 @@ def moe_complaints(config: TrainingConfig) -> Iterator[str]:
 
 
 def check_mixture(config: TrainingConfig, transformer_config: TransformerConfig, world_size: int) -> None:
-    """Refuses what DeepSpeed-MoE cannot do on `world_size` ranks, before any of its groups is made.
+    """Refuses what the mixture cannot do on `world_size` ranks, before any group is made.
 
     Raises:
         ValueError: with the values and the way out.
     """
-    if config.num_experts is not None and config.moe_backend == "deepspeed":
+    if config.num_experts is None:
+        return
+    if config.moe_backend == "deepspeed":
         from hp_plugin.deepspeed_adapter.moe.options import DeepSpeedMoEOptions, check_moe
 
         check_moe(transformer_config, DeepSpeedMoEOptions(), world_size)
+    experts, slices = expert_sizes(config).values()
+    stage = world_size // config.pipeline_model_parallel_size
+    if stage % (experts * slices):
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} × --expert-tensor-parallel-size {slices} does not divide the "
+            f"{stage} ranks of a pipeline stage"
+        )
 
 
 def moe_block_spec(config: TrainingConfig, transformer_config: TransformerConfig, chunk: int | None) -> Any:

@@ -112,7 +112,7 @@ def settled_value(known: Field[Any], value: Any) -> Any:
         return None
     kind, name, choices = kind_of(known), flag(known.name), known.metadata["choices"]
     if kind.startswith("tuple"):
-        return _tuple(name, value, kind, choices)
+        return _tuple(name, value, kind, choices, known.metadata["domain"])
     settled = _SCALARS[kind](value)
     if settled is None:
         raise ValueError(f"{name} must be {_WORDS[kind]}, got {shown(value)}")
@@ -132,15 +132,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
-def _tuple(name: str, value: Any, kind: str, choices: tuple[str, ...] | None) -> tuple[Any, ...]:
+def _tuple(name: str, value: Any, kind: str, choices: tuple[str, ...] | None, domain: Domain | None) -> tuple[Any, ...]:
     pair = kind == "tuple[int, int]"
     scalar = _SCALARS["int" if pair else "str"]
     items = [scalar(item) for item in value] if isinstance(value, (list, tuple)) else []
     if not items or None in items or (pair and len(items) != 2):
         wanted = "two integers" if pair else "a list of at least one word"
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
-    for item in items if choices is not None else ():
-        _check_choice(name, item, choices or ())
+    for item in items:
+        if domain is not None and item not in domain:
+            raise ValueError(f"{name} must be two integers, each {domain.words}, got {shown(value)}")
+        if choices is not None:
+            _check_choice(name, item, choices)
     # The very same object where nothing was to change.
     return value if isinstance(value, tuple) and tuple(items) == value else tuple(items)
 

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from hp_plugin import cpu_backend
 from hp_plugin.training.arguments import build_parser, parse_arguments
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.options import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, SEED, flag, kind_of
+from hp_plugin.training.transformer import build_transformer_config
 
 SMALL = shlex.split(
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2"
     " --train-iters 5 --lr 1e-3"
 )
+
+
+MIXTURE = {"num_experts": 4, "disable_bias_linear": True}
 
 
 def config(**changes: object) -> TrainingConfig:
@@ -140,6 +145,10 @@ def test_help_lists_every_flag_once():
         ),
         ({"context_parallel_size": 2}, 2, "--context-parallel-size 2 needs --transformer-impl transformer_engine"),
         ({"hidden_size": 65}, 1, "--hidden-size 65 is not a multiple of --num-attention-heads 4"),
+        (MIXTURE | {"moe_router_topk": 5}, 1, "--moe-router-topk 5 must be at most --num-experts 4"),
+        (MIXTURE | {"expert_model_parallel_size": 3}, 3, "--num-experts 4 do not divide over"),
+        (MIXTURE | {"disable_bias_linear": False}, 1, "local experts with biases run only where they are spread"),
+        (MIXTURE | {"tensor_model_parallel_size": 2}, 2, "Megatron's MoE on 2 tensor-parallel ranks needs"),
         ({"num_query_groups": 3}, 1, "--num-attention-heads 4 is not a multiple of --num-query-groups 3"),
         ({"max_position_embeddings": 16}, 1, "--max-position-embeddings 16 is smaller than --seq-length 32"),
         ({"rotary_percent": 1.5}, 1, "--rotary-percent must be above 0 and at most 1, got 1.5"),
@@ -159,6 +168,26 @@ def test_help_lists_every_flag_once():
 def test_what_cannot_run_is_refused_in_words(changes, world_size, message):
     with pytest.raises(ValueError) as refusal:
         check_config(config(**changes), world_size)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:When using expert parallelism and tensor parallelism:UserWarning:megatron")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_model_parallel_size": 2}, "--expert-tensor-parallel-size 2 gathers unequal numbers of tokens"),
+        (
+            {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+            "4 × --expert-tensor-parallel-size 1 does",
+        ),
+    ],
+)
+def test_mixtures_that_no_ranks_can_run_are_refused_before_any_group(changes, message, monkeypatch):
+    monkeypatch.setattr(cpu_backend, "is_enabled", lambda: True)
+    mixture = config(**MIXTURE, tensor_model_parallel_size=2, sequence_parallel=True, **changes)
+    with pytest.raises(ValueError) as refusal:
+        check_config(mixture, 2)
+        build_transformer_config(mixture, 2)
     assert message in str(refusal.value)
 
 
@@ -230,6 +259,7 @@ def test_the_help_is_complete_where_python_leaves_docstrings_out(command, said):
         ({"swiglu": 1}, "--swiglu must be true or false, got 1"),
         ({"position_embedding_type": "rop"}, "got 'rop'; did you mean rope?"),
         ({"position_embedding_type": 3}, "--position-embedding-type must be a string, got 3"),
+        ({"window_size": (-1, 0)}, "--window-size must be two integers, each at least 0, got (-1, 0)"),
         ({"window_size": [127]}, "--window-size must be two integers, got [127]"),
         ({"window_size": [127, "0"]}, "--window-size must be two integers, got [127, '0']"),
         ({"recompute_modules": "mlp"}, "--recompute-modules must be a list of at least one word, got 'mlp'"),
