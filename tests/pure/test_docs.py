@@ -68,6 +68,11 @@ def test_the_readme_maps_every_folder_of_the_package() -> None:
         assert earlier or f"`hp_plugin/{folder.name}/`" in README, f"README has no line about hp_plugin/{folder.name}/"
 
 
+def test_contributing_names_every_folder_of_tests() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert not [folder for folder in folders if f"`tests/{folder}/`" not in PAGES["CONTRIBUTING.md"]]
+
+
 def test_the_architecture_has_every_room_on_its_floor() -> None:
     rows = re.findall(r"^\| (\d) \| (.*?) \|", ARCHITECTURE, re.MULTILINE)
     told = {int(floor): set(re.findall(r"`(\w+)`", rooms)) for floor, rooms in rows}
