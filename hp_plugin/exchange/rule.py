@@ -76,6 +76,8 @@ class ExchangeRule:
     """Whether stock's inner attention serves it, with all it can do: biases, offsets, context parallelism."""
     caches = True
     """Whether stock's key/value cache of static batches works beside it."""
+    head_axis = False
+    """Whether it sends anything over the head axis; otherwise only the dim axis gains by lying inside a node."""
     keeps_statistics = True
     """Whether inner attention that keeps no scores keeps an fp32 number per row (the softmax's) for backward."""
 

@@ -96,6 +96,9 @@ def test_placement_of_a_grid_over_two_nodes() -> None:
     assert groups["head"] == Placement(4, 2, 2)
     assert groups["ep"] == Placement(8, 1, 8)
     assert groups["edp"] == Placement(2, 2, 1)
+    other = placements(16, 1, 1, 1, 8, 4, 4, 8, "head-innermost")
+    assert (other["head"], other["dim"]) == (groups["dim"], groups["head"])
+    assert {axis: other[axis] for axis in ("tp", "ep", "edp")} == {axis: groups[axis] for axis in ("tp", "ep", "edp")}
 
 
 def test_placement_of_stock_layouts() -> None:

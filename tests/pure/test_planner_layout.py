@@ -31,6 +31,7 @@ def problems(model: ModelShape, layout: str, workload: Workload) -> str:
     [
         "tp=8,pp=2,mbs=4",
         "grid=4x4,exchange=batch,mbs=8",
+        "grid=4x2,exchange=scores,order=head-innermost,mbs=8",
         "tp=2,pp=2,vpp=2,cp=2,dp=2,mbs=1,sp,tp_overlap,recompute=full",
         "tp=1,dp=4,ep=4,mbs=2,zero=replicated,moe=deepspeed",
         "tp=1,dp=8,mbs=3,zero=full,fused=off",
@@ -57,6 +58,8 @@ def test_data_parallelism_fills_the_world() -> None:
         ("grid=44", "grid takes MxN"),
         ("grid=4x4,tp=8", "grid 4x4 makes tp=16, not 8"),
         ("exchange=batch", "exchange=batch needs grid=MxN"),
+        ("order=head-innermost", "order=head-innermost needs grid=MxN"),
+        ("grid=2x2,order=heads", "unknown head-dim-order 'heads': choose from dim-innermost, head-innermost"),
         ("grid=2x2,exchange=bach", "unknown exchange 'bach'"),
         ("tp=2,sp=yes", "sp takes on or off"),
         ("tp=2,recompute=some", "recompute must be one of none, selective, full"),

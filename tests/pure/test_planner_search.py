@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
@@ -30,6 +31,37 @@ def test_candidates_are_unique_and_fill_the_world() -> None:
     texts = set(map(str, layouts))
     for wanted in ("tp=8,mbs=2", "tp=2,pp=4,mbs=1,sp", "grid=2x4,exchange=batch,mbs=4", "tp=2,pp=2,vpp=2,dp=2,mbs=2"):
         assert wanted in texts
+
+
+def test_both_orders_are_tried_where_both_axes_carry_traffic_over_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def orders(gpus: int, tp: int, domain: int | None = 8) -> dict[str, set[str]]:
+        search, found = Search(("batch",), tensor_parallel=(tp,)), {}
+        for layout in candidates(MODEL, gpus, TRAIN, search, domain):
+            if layout.grid is not None:
+                found.setdefault(f"{layout.m}x{layout.n}", set()).add(layout.order)
+        return found
+
+    dim, both = {"dim-innermost"}, {"dim-innermost", "head-innermost"}
+    assert set(map(frozenset, orders(16, 16).values())) == {frozenset(dim)}, "nothing is sent over the head axis"
+    monkeypatch.setattr(RULES["batch"], "head_axis", True, raising=False)
+    assert orders(16, 16) == {"8x2": both, "4x4": both, "2x8": both, "1x16": dim}
+    assert orders(16, 8) == {"4x2": dim, "2x4": dim, "1x8": dim}, "a TP group of one node has no far ranks"
+    assert orders(12, 6)["3x2"] == both, "every other TP group of 6 lies on two nodes of 8"
+    assert orders(16, 16, None)["4x4"] == dim
+
+
+def test_the_axis_whose_ranks_are_neighbours_is_priced_and_printed() -> None:
+    model = replace(MODEL, h=16, g=4)
+    near, far = (
+        predict(model, Layout.parse(f"grid=4x4,exchange=batch,mbs=16{order}"), TRAIN, H100)
+        for order in ("", ",order=head-innermost")
+    )
+    assert near.tokens_per_s > far.tokens_per_s, "the exchange crosses nodes"
+    assert near.waiting["tp"] == pytest.approx(far.waiting["tp"]) and near.waiting["dim"] < far.waiting["dim"]
+    assert "--head-dim-order head-innermost" in megatron_flags(far)
+    assert not any("order" in flag for flag in megatron_flags(near))
+    assert deepspeed_config(far)["head_dim_parallel"]["order"] == "head-innermost"
+    assert "order" not in deepspeed_config(near)["head_dim_parallel"]
 
 
 def test_found_is_sorted_and_agrees_with_single_predictions() -> None:

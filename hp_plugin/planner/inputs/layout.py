@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.exchange.rules import AUTO
+from hp_plugin.grid.ranks import DIM_INNERMOST
 
 RECOMPUTE = ("none", "selective", "full")
 ZERO = ("replicated", "optimizer", "full")
@@ -93,6 +95,11 @@ class Layout:
         return self.grid.exchange if self.grid is not None and self.grid.n > 1 else ""
 
     @property
+    def order(self) -> str:
+        """Which axis of the grid has neighbouring ranks."""
+        return self.grid.grid.order if self.grid else DIM_INNERMOST
+
+    @property
     def stages(self) -> int:
         """Virtual stages in all."""
         return self.pp * self.vpp
@@ -105,6 +112,7 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"grid={self.grid.m}x{self.grid.n},exchange={self.grid.exchange}" if self.grid else f"tp={self.tp}"]
+        parts += [f"order={self.order}"] if self.order != DIM_INNERMOST else []
         default = Layout()
         for name, value in (
             ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("dp", self.dp), ("ep", self.ep),
@@ -127,6 +135,8 @@ class Layout:
     @classmethod
     def parse(cls, text: str, world: int | None = None) -> Layout:
         """Reads `tp=8,pp=2,mbs=4,sp` or `grid=4x4,exchange=batch`; dp fills `world` if it is not given.
+
+        A grid's exchange and the order of its ranks (`order=head-innermost`) may be left out.
 
         Raises:
             ValueError: an unknown key, a malformed value, or sizes that do not divide the world.
@@ -168,20 +178,21 @@ class Layout:
         return layout
 
 
-_KEYS = {field.name for field in fields(Layout)} | {"exchange"}
+_KEYS = {field.name for field in fields(Layout)} | {"exchange", "order"}
 
 
 def _grid(text: str, given: dict[str, str]) -> HeadDimConfig | None:
-    exchange = given.pop("exchange", None)
+    exchange, order = given.pop("exchange", None), given.pop("order", None)
     shape = given.pop("grid", None)
     if shape is None:
-        if exchange is not None:
-            raise ValueError(f"layout {text!r}: exchange={exchange} needs grid=MxN")
+        for key, value in (("exchange", exchange), ("order", order)):
+            if value is not None:
+                raise ValueError(f"layout {text!r}: {key}={value} needs grid=MxN")
         return None
     m, times, n = shape.partition("x")
     if not (times and m.isdigit() and n.isdigit()):
         raise ValueError(f"layout {text!r}: grid takes MxN, for example 4x4, got {shape!r}")
-    return HeadDimConfig(int(m), int(n), exchange or "auto")
+    return HeadDimConfig(int(m), int(n), exchange or AUTO, order or DIM_INNERMOST)
 
 
 def _integer(text: str, key: str, value: str) -> int:

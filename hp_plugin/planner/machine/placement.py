@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from hp_plugin.grid.ranks import Grid, tensor_parallel_groups
+from hp_plugin.grid.ranks import DIM_INNERMOST, Grid, tensor_parallel_groups
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Placement:
 
 
 @lru_cache(maxsize=4096)
-def placements(tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, domain: int) -> dict[str, Placement]:
+def placements(
+    tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, domain: int, order: str = DIM_INNERMOST
+) -> dict[str, Placement]:
     """The worst placement of each kind of group in Megatron-Core's default rank order tp-cp-ep-dp-pp.
 
     Keys: `tp`, `head` and `dim` (of the m × n grid), `cp`, `dp` (with context ranks, over which gradients are
@@ -35,12 +37,13 @@ def placements(tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, doma
 
     Args:
         ep: ranks over which experts are spread: consecutive ranks of a pipeline stage.
+        order: of the grid's ranks, `hp_plugin.grid.ranks.ORDERS`.
     """
     stage = tp * cp * dp
     # Stages that fill whole domains all look like the first one.
     starts = [0] if stage % domain == 0 else [stage * number for number in range(pp)]
     tensor_groups = tensor_parallel_groups(stage * len(starts), tp, len(starts), cp)
-    grid = Grid(m, n)
+    grid = Grid(m, n, order)
     on_grid = m * n == tp
     ranks = range(stage)
     groups: dict[str, list[list[int]]] = {

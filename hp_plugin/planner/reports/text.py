@@ -159,7 +159,9 @@ def _once(found: Prediction, hardware: Hardware) -> list[str]:
 def _listed(found: Prediction, hardware: Hardware, label: str, program: Iterable[Collective]) -> list[str]:
     """Collectives that move anything, with how often each occurs, its group, size and time."""
     layout = found.layout
-    groups = placements(layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain)
+    groups = placements(
+        layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain, layout.order
+    )
     pricer = Pricer(hardware, groups, found.workload.itemsize, layout.fused)
     lines = []
     for each, count in Counter(program).items():

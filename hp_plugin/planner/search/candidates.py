@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import RULES
+from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -35,15 +36,22 @@ class Search:
     tensor_parallel: tuple[int, ...] | None = None
 
 
-def candidates(model: ModelShape, gpus: int, workload: Workload, search: Search) -> Iterator[Layout]:
-    """Layouts on `gpus` ranks that divide evenly; whether they can run the model is checked by the prediction."""
+def candidates(
+    model: ModelShape, gpus: int, workload: Workload, search: Search, domain: int | None = None
+) -> Iterator[Layout]:
+    """Layouts on `gpus` ranks that divide evenly; whether they can run the model is checked by the prediction.
+
+    Args:
+        domain: ranks of a fast-link domain; grids that span several of them are tried in both orders of their ranks
+            where that makes a difference.
+    """
     for tp in _tensor_sizes(gpus, search):
         for pp in _divisors(gpus // tp):
             if pp > model.layers:
                 continue
             for cp in _context_sizes(gpus // (tp * pp), workload):
                 dp = gpus // (tp * pp * cp)
-                for grid in (None, *_grids(tp, search)):
+                for grid in (None, *_grids(tp, search, domain)):
                     yield from _sized(model, workload, search, tp, grid, pp, cp, dp)
 
 
@@ -59,11 +67,18 @@ def _context_sizes(ranks: int, workload: Workload) -> list[int]:
     return [cp for cp in _divisors(ranks) if cp == 1 or workload.seq // cp >= MIN_CONTEXT_SHARE]
 
 
-def _grids(tp: int, search: Search) -> Iterator[HeadDimConfig]:
+def _grids(tp: int, search: Search, domain: int | None) -> Iterator[HeadDimConfig]:
     # A grid with n = 1 is stock attention.
     for n in _divisors(tp):
         if n > 1:
-            yield from (HeadDimConfig(tp // n, n, exchange) for exchange in search.exchanges)
+            for exchange in search.exchanges:
+                for order in _orders(tp, n, exchange, domain):
+                    yield HeadDimConfig(tp // n, n, exchange, order)
+
+
+def _orders(tp: int, n: int, exchange: str, domain: int | None) -> tuple[str, ...]:
+    in_one_domain = domain is None or domain % tp == 0
+    return (DIM_INNERMOST,) if in_one_domain or n == tp or not RULES[exchange].head_axis else ORDERS
 
 
 def _sized(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.planner.counts.stages import split_layers
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.seconds.prediction import Prediction
@@ -82,8 +83,7 @@ def _parallel_flags(prediction: Prediction) -> list[str]:
     if layout.grid is None:
         flags.append(f"--tensor-model-parallel-size {layout.tp}")
     else:
-        flags.append(f"--head-dim-parallel {layout.grid.m},{layout.grid.n}")
-        flags.append(f"--head-dim-exchange {layout.grid.exchange}")
+        flags += layout.grid.flags
     flags.append(f"--pipeline-model-parallel-size {layout.pp}")
     if layout.vpp > 1:
         flags.append(f"--num-layers-per-virtual-pipeline-stage {model.layers // layout.stages}")
@@ -150,4 +150,6 @@ def deepspeed_config(prediction: Prediction, dtype: str = "bf16") -> dict[str, A
             "n": layout.grid.n,
             "exchange": layout.grid.exchange,
         }
+        if layout.order != DIM_INNERMOST:
+            config["head_dim_parallel"]["order"] = layout.order
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.planner.counts.feasibility import MEMORY, memory_refusal, shape_refusals
 from hp_plugin.planner.counts.memory import MemoryNeeds
 from hp_plugin.planner.counts.share import Share
@@ -81,7 +82,7 @@ def make_plan(
         raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {gpus}")
     plan = Plan()
     search = search or Search()
-    for number, layout in enumerate(candidates(model, gpus, workload, search), start=1):
+    for number, layout in enumerate(candidates(model, gpus, workload, search, hardware.domain), start=1):
         if watch is not None:
             watch(number)
         try:
@@ -96,6 +97,7 @@ def make_plan(
             -round(found.tokens_per_s, 3),
             not found.layout.exact,
             found.layout.grid is not None,
+            found.layout.order != DIM_INNERMOST,
             str(found.layout),
         )
     )
