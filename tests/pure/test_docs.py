@@ -181,3 +181,22 @@ def test_the_rows_of_measurements_in_the_readme_are_the_reports() -> None:
         found = [mine[key]["median"] / base[key]["median"] for key in ("tokens_per_s", "tpot_ms")]
         found.append(sum(mine["sent_bytes_per_token"].values()) / sum(base["sent_bytes_per_token"].values()))
         assert told == [f"{ratio:.2f}" for ratio in found], model
+
+
+def test_the_predictions_in_the_readme_are_those_of_the_planners_page() -> None:
+    (table,) = re.findall(
+        r"^Tensor parallelism beyond heads.*?^```", PAGES["docs/planner.md"], re.MULTILINE | re.DOTALL
+    )
+    train, decode = table.split("\ndecode: ")
+    columns = re.compile(r"^\S+ +\d+ +\d+ +\d+ +(\d+) .* +(-|\d\.\d\d) +(?:-|\d\.\d\d) +(\d\.\d\d) +\S+$", re.MULTILINE)
+    same = [float(ratio) for _, ratio, _ in columns.findall(train) if ratio != "-"]
+    best = [float(ratio) for _, _, ratio in columns.findall(train)]
+    node = [float(ratio) for size, ratio, _ in columns.findall(decode) if size == "8" and ratio != "-"]
+    assert len(same) > 5 and len(best) > 5 and len(node) > 1
+    said = " ".join(README.split())
+    assert f"predicted to train {min(same):.2f} to {max(same):.2f} times as fast as stock at the same TP size" in said
+    assert f"reaches {min(best):.2f} to {max(best):.2f} of the best stock layout" in said
+    assert (
+        f"8 GPUs of one node is {1 - max(node):.0%}".rstrip("%") in said
+        and f"to {1 - min(node):.0%}".rstrip("%") in said
+    )
