@@ -83,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
 def _lines(args: argparse.Namespace) -> list[str]:
     _check(args)
     if args.validate:
-        return validate.report(validate.validate())
+        return validate.validation_report(validate.compare_all())
     if args.reproduce:
-        return reproduce.report()
+        return reproduce.reproduction_report()
     if args.suite:
-        return kv_heads.report()
+        return kv_heads.kv_heads_report()
     hardware = _hardware(args)
     if args.show_hardware:
         return hardware_report(hardware)
@@ -121,10 +121,10 @@ def _lines(args: argparse.Namespace) -> list[str]:
             raise ValueError("--layouts: one is given twice")
         layouts = layouts or sweep.representative_layouts(model, args.gpus, workload, hardware, search, capacity)
         left_out: list[str] = []
-        curves = sweep.sweep(args.sweep, model, layouts, workload, hardware, args.sweep_to, capacity, left_out)
+        curves = sweep.sweep_curves(args.sweep, model, layouts, workload, hardware, args.sweep_to, capacity, left_out)
         if args.png:
             draw_curves(curves, args.sweep, args.png)
-        return sweep.report(curves, args.sweep, left_out)
+        return sweep.sweep_report(curves, args.sweep, left_out)
     plan = make_plan(model, args.gpus, workload, hardware, search, capacity, _progress())
     if args.list_refused:
         return refused_report(plan)

@@ -17,7 +17,7 @@ from hp_plugin.compare.entries.entrant import Entrant
 from hp_plugin.compare.ranks.together import cpu_cores
 from hp_plugin.compare.report.closed_form import closed_form_bytes
 from hp_plugin.compare.report.markdown import markdown_report
-from hp_plugin.compare.report.predicted import predicted_rates
+from hp_plugin.compare.report.planner_columns import predicted_rates
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.json_file import package_json
 

@@ -26,7 +26,7 @@ from hp_plugin.compare.rank import pass_gate
 from hp_plugin.compare.ranks.gate import LossMismatchError, require_equal_losses
 from hp_plugin.compare.ranks.together import seconds_together
 from hp_plugin.compare.rates.collective_curves import measure_curves
-from hp_plugin.compare.report.predicted import prediction_rows, winners
+from hp_plugin.compare.report.planner_columns import prediction_rows, winners
 from hp_plugin.compare.results import Results
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.batch.strategy import BatchExchange

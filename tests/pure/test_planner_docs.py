@@ -21,12 +21,12 @@ def stripped(lines: list[str]) -> list[str]:
 
 
 def test_the_validation_table_is_current() -> None:
-    assert stripped(BLOCKS[0]) == stripped(validate.report(validate.validate()))
+    assert stripped(BLOCKS[0]) == stripped(validate.validation_report(validate.compare_all()))
 
 
 @pytest.mark.slow
 def test_the_reproduction_tables_are_current() -> None:
-    assert stripped(BLOCKS[1]) == stripped(reproduce.report())
+    assert stripped(BLOCKS[1]) == stripped(reproduce.reproduction_report())
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
-from hp_plugin.planner.reports.sweep import sweep
+from hp_plugin.planner.reports.sweep import sweep_curves
 from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report
-from hp_plugin.planner.search.candidates import Search, candidates
+from hp_plugin.planner.search.candidates import Search, candidate_layouts
 from hp_plugin.planner.search.launch_flags import deepspeed_config, megatron_flags
 from hp_plugin.planner.search.plan import fitting, make_plan
 from hp_plugin.planner.seconds.step import predict
@@ -25,7 +25,7 @@ PLAN = make_plan(MODEL, 8, TRAIN, H100)
 
 
 def test_candidates_are_unique_and_fill_the_world() -> None:
-    layouts = list(candidates(MODEL, 8, TRAIN, Search()))
+    layouts = list(candidate_layouts(MODEL, 8, TRAIN, Search()))
     assert len(layouts) == len(set(layouts)) == len(PLAN.found) + len(PLAN.refused)
     assert all(layout.world == 8 for layout in layouts)
     texts = set(map(str, layouts))
@@ -36,7 +36,7 @@ def test_candidates_are_unique_and_fill_the_world() -> None:
 def test_both_orders_are_tried_where_both_axes_carry_traffic_over_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def orders(gpus: int, tp: int, domain: int | None = 8) -> dict[str, set[str]]:
         search, found = Search(("batch",), tensor_parallel=(tp,)), {}
-        for layout in candidates(MODEL, gpus, TRAIN, search, domain):
+        for layout in candidate_layouts(MODEL, gpus, TRAIN, search, domain):
             if layout.grid is not None:
                 found.setdefault(f"{layout.m}x{layout.n}", set()).add(layout.order)
         return found
@@ -228,16 +228,16 @@ def test_every_figure_of_a_machine_is_shown_with_its_source() -> None:
 
 def test_sweeps_follow_single_predictions() -> None:
     layout = Layout.parse("tp=2,pp=2,mbs=2")
-    curves = sweep("micro-batches", MODEL, [layout], TRAIN, H100, 4096)
+    curves = sweep_curves("micro-batches", MODEL, [layout], TRAIN, H100, 4096)
     points = dict(curves[str(layout)])
     assert set(points) == {1, 2, 4, 8, 16}
     assert points[8] == pytest.approx(predict(MODEL, layout, TRAIN, H100).tokens_per_s)
-    weak = dict(sweep("gpus", MODEL, [layout], TRAIN, H100, 64)[str(layout)])
+    weak = dict(sweep_curves("gpus", MODEL, [layout], TRAIN, H100, 64)[str(layout)])
     assert set(weak) == {4, 8, 16, 32, 64}
     assert 1.5 < weak[8] / weak[4] <= 2.0
-    lengths = dict(sweep("seq", MODEL, [layout], TRAIN, H100, 2048)[str(layout)])
+    lengths = dict(sweep_curves("seq", MODEL, [layout], TRAIN, H100, 2048)[str(layout)])
     assert set(lengths) <= {128, 256, 512, 1024, 2048}
     with pytest.raises(ValueError, match="unknown sweep 'heads'"):
-        sweep("heads", MODEL, [layout], TRAIN, H100, 64)
+        sweep_curves("heads", MODEL, [layout], TRAIN, H100, 64)
     with pytest.raises(ValueError, match="no point of the seq sweep can run"):
-        sweep("seq", MODEL, [Layout.parse("tp=3,mbs=1")], TRAIN, H100, 2048)
+        sweep_curves("seq", MODEL, [Layout.parse("tp=3,mbs=1")], TRAIN, H100, 2048)

@@ -9,7 +9,7 @@ from hp_plugin.planner.machine.json_file import package_json
 from hp_plugin.planner.reports import reproduce, validate
 from hp_plugin.planner.reports.published import FOUNDRY, MEGATRON, decode_rows, foundry_rows, megatron_rows
 
-COMPARED = validate.validate()
+COMPARED = validate.compare_all()
 HELD_OUT = [one for one in COMPARED if one.role == "held out"]
 
 
@@ -63,7 +63,7 @@ def test_decode_of_published_rows_is_within_a_fifth_on_average() -> None:
 
 
 def test_the_report_prints_every_requested_row_and_all_means() -> None:
-    text = "\n".join(validate.report(COMPARED))
+    text = "\n".join(validate.validation_report(COMPARED))
     for one in COMPARED:
         if one.role != "also":
             assert one.row.name in text and f"{one.error:+.1%}" in text

@@ -50,6 +50,7 @@ def share_of(entrant: Entrant, mode: str) -> Share:
 def group_sizes(entrant: Entrant) -> dict[str, int]:
     """Ranks of a group, by axis."""
     layout = entrant.layout
+    # Activations go from stage to stage, and tied embeddings' gradients between the first and the last: always two.
     return {
         "tp": layout.tp,
         "dim": layout.n,

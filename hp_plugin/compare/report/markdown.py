@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from hp_plugin.compare.entries.entrant import FUNCTION_MARK
-from hp_plugin.compare.report.predicted import HEAD as PREDICTED_HEAD
-from hp_plugin.compare.report.predicted import has_predictions, prediction_rows, winners
+from hp_plugin.compare.report.planner_columns import HEAD as PREDICTED_HEAD
+from hp_plugin.compare.report.planner_columns import has_predictions, prediction_rows, winners
 
 HEAD = (
     "layout",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hp_plugin.compare.entries.entrant import FUNCTION_MARK
 from hp_plugin.compare.report.markdown import HEAD, described, rows
-from hp_plugin.compare.report.predicted import HEAD as PREDICTED_HEAD
-from hp_plugin.compare.report.predicted import has_predictions, prediction_rows, winners
+from hp_plugin.compare.report.planner_columns import HEAD as PREDICTED_HEAD
+from hp_plugin.compare.report.planner_columns import has_predictions, prediction_rows, winners
 
 if TYPE_CHECKING:
     from rich.console import Console

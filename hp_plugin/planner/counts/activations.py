@@ -76,8 +76,8 @@ def buffers(share: Share, chunks: Sequence[Stage]) -> float:
     """Buffers of the moment: gradients of one layer's activations, gathered tokens, exchange and score buffers."""
     model = share.model
     first = model.ffn / share.P * (2 if model.gated else 1) * share.tokens * share.e
-    # Tokens as gathered, their gradient and its sum; the first linear's output, and attention's activations, each with
-    # its gradient.
+    # At a linear, three of [s, b, D]: its input as gathered, the input's gradient, and the residual's gradient beside
+    # them. The first linear's output and attention's activations, each with its gradient.
     held = 3 * share.hidden_bytes + 2 * first + 2 * (share.qkv_bytes + share.context_bytes)
     held += share.rule.held_bytes(share.attention_shape, share.e)
     if share.keeps_scores:

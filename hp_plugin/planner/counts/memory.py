@@ -94,6 +94,7 @@ def _lasting(share: Share, chunks: list[Stage], parameters: list[RankParameters]
 def _order(share: Share, rank: int) -> tuple[Task, ...]:
     """A rank's passes, of no more micro-batches than can be in flight."""
     pp, vpp = share.layout.pp, share.layout.vpp
-    # 1F1B holds at most pp micro-batches, an interleaved chunk less than 3 pp (warm-up passes over vpp chunks).
+    # 1F1B has at most pp in flight; an interleaved schedule, whose warm-up is 2 (pp - 1) + (vpp - 1) pp passes through
+    # vpp chunks, less than 3 pp.
     enough = min(share.micro_batches, 3 * pp if vpp > 1 else 2 * pp)
     return pipeline_order(rank, pp, vpp, enough, True)

@@ -92,7 +92,7 @@ def _found(model: ModelShape, gpus: int, mode: str, search: Search) -> list[Pred
         return []
 
 
-def report() -> list[str]:
+def kv_heads_report() -> list[str]:
     """A table for each mode."""
     lines = [
         f"Tensor parallelism beyond heads: the fastest exact grid against the fastest stock layout, {MACHINE}",

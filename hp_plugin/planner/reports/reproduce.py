@@ -101,7 +101,7 @@ def reported(model: str) -> tuple[list[float], list[float]]:
     return [row[2] for row in mine], [row[3] for row in mine]
 
 
-def report() -> list[str]:
+def reproduction_report() -> list[str]:
     """The whole comparison as lines of text."""
     lines = [
         "The source experiments' rows (16 H100, batch 1024) beside predictions",

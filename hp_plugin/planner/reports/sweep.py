@@ -18,7 +18,7 @@ KINDS = ("micro-batches", "seq", "gpus")
 Curves = dict[str, list[tuple[float, float]]]
 
 
-def sweep(
+def sweep_curves(
     what: str,
     model: ModelShape,
     layouts: Sequence[Layout],
@@ -99,7 +99,7 @@ def representative_layouts(
     return stock + [found.layout for found in plan.exact if found.layout.grid is not None][:1]
 
 
-def report(curves: Curves, what: str, left_out: Sequence[str] = ()) -> list[str]:
+def sweep_report(curves: Curves, what: str, left_out: Sequence[str] = ()) -> list[str]:
     """A table with one column per layout, its legend, and why points are missing."""
     values = sorted({value for points in curves.values() for value, _ in points})
     names = list(curves)

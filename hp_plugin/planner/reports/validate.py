@@ -97,7 +97,7 @@ def calibration_rows() -> list[Row]:
     return [row for row in megatron_rows() if row.name in CALIBRATION]
 
 
-def validate() -> list[Comparison]:
+def compare_all() -> list[Comparison]:
     """All published rows: calibration, held-out (the issue's), and the rest of the same tables (`also`)."""
     hardware = load_hardware("h100-ib")
     compared = [
@@ -118,7 +118,7 @@ def worst_error(compared: Sequence[Comparison]) -> Comparison:
     return max(compared, key=lambda comparison: abs(comparison.error))
 
 
-def report(compared: Sequence[Comparison]) -> list[str]:
+def validation_report(compared: Sequence[Comparison]) -> list[str]:
     """The validation as lines of text."""
     lines = [
         "Predicted against published, H100 (decode: A100), tokens/s per GPU",

@@ -36,7 +36,7 @@ class Search:
     tensor_parallel: tuple[int, ...] | None = None
 
 
-def candidates(
+def candidate_layouts(
     model: ModelShape, gpus: int, workload: Workload, search: Search, domain: int | None = None
 ) -> Iterator[Layout]:
     """Layouts on `gpus` ranks that divide evenly; whether they can run the model is checked by the prediction.

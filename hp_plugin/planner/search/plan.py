@@ -13,7 +13,7 @@ from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware
-from hp_plugin.planner.search.candidates import Search, candidates
+from hp_plugin.planner.search.candidates import Search, candidate_layouts
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict_share
 from hp_plugin.refusal import Refusal, RefusedError
@@ -82,7 +82,7 @@ def make_plan(
         raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {gpus}")
     plan = Plan()
     search = search or Search()
-    for number, layout in enumerate(candidates(model, gpus, workload, search, hardware.domain), start=1):
+    for number, layout in enumerate(candidate_layouts(model, gpus, workload, search, hardware.domain), start=1):
         if watch is not None:
             watch(number)
         try:

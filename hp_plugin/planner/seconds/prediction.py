@@ -11,6 +11,10 @@ from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.seconds.timeline import Event
 
+BOTTLENECK_SHARE = 0.15
+"""Share of a step beyond which waiting is called its bottleneck: a choice, above the 10 % within which two layouts are
+not told apart (docs/planner.md)."""
+
 
 @dataclass
 class Prediction:
@@ -76,12 +80,13 @@ class Prediction:
         workload = self.workload
         seq = workload.seq
         once = self.model.matmul_operations(workload.tokens_per_step, seq)
+        # Backward computes a gradient of each of a product's two factors.
         return once * (3 if workload.training else 1) / self.step / self.layout.world
 
     @property
     def bottleneck(self) -> str:
-        """`compute`, or what is waited for most if that takes more than 15 % of the step."""
+        """`compute`, or what is waited for most if that takes more than `BOTTLENECK_SHARE` of the step."""
         axis = max(self.waiting, key=lambda name: self.waiting[name], default="")
-        if axis and self.waiting[axis] > 0.15 * self.step:
+        if axis and self.waiting[axis] > BOTTLENECK_SHARE * self.step:
             return {"pipeline": "pipeline wait", "dp": "DP", "edp": "expert DP"}.get(axis, f"{axis} exchange")
         return "compute"

@@ -21,6 +21,9 @@ from hp_plugin.planner.seconds.pricing import Cost, Pricer
 from hp_plugin.planner.seconds.timeline import Event, PassTimes, Pipeline, Timeline, simulate
 from hp_plugin.refusal import Refusal, RefusedError
 
+ROUNDING_S = 1e-12
+"""Waiting of less than this is what rounding leaves of a difference: one second is kept to 1e-16, sums to less."""
+
 
 def predict(
     model: ModelShape, layout: Layout, workload: Workload, hardware: Hardware, full_timeline: bool = False
@@ -122,6 +125,8 @@ class _Step:
         return self._summary(line, repeated)
 
     def _short(self, count: int) -> int:
+        # Warm-up and cool-down of 1F1B take pp - 1 micro-batches each, of an interleaved schedule less than 2 pp each
+        # (2 (pp - 1) + (vpp - 1) pp passes through vpp chunks). The remainder leaves a multiple of pp to repeat.
         layout = self.share.layout
         return 4 * layout.pp + count % layout.pp
 
@@ -185,7 +190,7 @@ class _Step:
             share,
             step,
             mean.compute,
-            {axis: seconds for axis, seconds in waiting.items() if seconds > 1e-12},
+            {axis: seconds for axis, seconds in waiting.items() if seconds > ROUNDING_S},
             mean.hidden_by,
             mean.compute_by,
             self.needed,
@@ -215,7 +220,7 @@ class _Step:
             share,
             period,
             mean.compute,
-            {axis: seconds for axis, seconds in waiting.items() if seconds > 1e-12},
+            {axis: seconds for axis, seconds in waiting.items() if seconds > ROUNDING_S},
             mean.hidden_by,
             mean.compute_by,
             self.needed,
