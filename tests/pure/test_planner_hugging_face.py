@@ -12,7 +12,7 @@ import pytest
 from hp_plugin.planner.counts.layer import attention_forward
 from hp_plugin.planner.counts.program import FusedAttention
 from hp_plugin.planner.counts.share import Share
-from hp_plugin.planner.inputs.hugging_face.defaults import TABLE, defaults
+from hp_plugin.planner.inputs.hugging_face.defaults import TABLE, type_defaults
 from hp_plugin.planner.inputs.hugging_face.model_types import MODEL_TYPES, NOT_PLANNED
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
@@ -59,7 +59,8 @@ def test_every_planned_type_is_counted_and_has_its_defaults() -> None:
     assert set(MODEL_TYPES) <= counted | alike
     assert set(package_json(TABLE)["types"]) == set(MODEL_TYPES)
     for kind in MODEL_TYPES:
-        assert {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"} <= set(defaults(kind)), kind
+        known = set(type_defaults(kind))
+        assert {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"} <= known, kind
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ OTHER_NAMES = {"num_experts": "num_local_experts"}
 _ABSENT = object()
 
 
-def defaults(kind: str) -> Mapping[str, Any]:
+def type_defaults(kind: str) -> Mapping[str, Any]:
     """The defaults of a model type: of the installed transformers, else of the table (`tools/` writes it).
 
     None stands for a size that follows from others, as in the classes.

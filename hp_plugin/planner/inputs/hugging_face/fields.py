@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hp_plugin.planner.inputs.hugging_face.defaults import OTHER_NAMES, defaults
+from hp_plugin.planner.inputs.hugging_face.defaults import OTHER_NAMES, type_defaults
 from hp_plugin.planner.inputs.hugging_face.model_types import FLAT, MODEL_TYPES, NOT_PLANNED, ModelType
 from hp_plugin.planner.inputs.hugging_face.rotary import rotary_fields
 from hp_plugin.planner.inputs.hugging_face.windows import window_fields
@@ -59,7 +59,7 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for key in _SIZES:
             if key not in said:
                 raise ValueError(f"{key} is missing")
-    known = defaults(kind)
+    known = type_defaults(kind)
     for key, what in _REFUSED.items():
         if said[key] if key in said else known.get(key):
             raise ValueError(f"{what} ({key}) is not supported")
