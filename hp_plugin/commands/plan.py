@@ -6,18 +6,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.feasibility import memory_refusal
+from hp_plugin.planner.inputs.launch_script import launch_words
 from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.megatron_launch import read_launch
 from hp_plugin.planner.inputs.model_shape import load_model, presets
 from hp_plugin.planner.inputs.workload import MODES, Workload
 from hp_plugin.planner.machine.gemm import GemmTable
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware, shipped
 from hp_plugin.planner.machine.nccl_tests import read_nccl_log
 from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
+from hp_plugin.planner.reports.advice import advice, relief_lines
 from hp_plugin.planner.reports.chrome_trace import write_trace
 from hp_plugin.planner.reports.figure import draw_curves, draw_timeline, require_matplotlib
 from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report, refused_report
@@ -25,6 +29,7 @@ from hp_plugin.planner.search.candidates import Search
 from hp_plugin.planner.search.plan import make_plan
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict
+from hp_plugin.refusal import RefusedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model", default="paper-dense", help=f"{', '.join(presets())}, FILE.json, or layers=..,D=..,h=.."
     )
-    what.add_argument("--gpus", type=int, default=16)
+    what.add_argument(
+        "--from-launch",
+        metavar="LINE",
+        help="a launch of Megatron-LM that you have, as a command line or a script with its arguments: what to change",
+    )
+    what.add_argument("--gpus", type=int, help="16, or what --from-launch starts")
     what.add_argument("--hardware", default="h100-ib", help=f"{', '.join(shipped())}, or FILE.json")
     what.add_argument("--mode", choices=MODES, default="train")
     what.add_argument("--global-batch", type=int, default=1024, help="sequences per step (decode: sequences at a time)")
@@ -91,14 +101,6 @@ def _lines(args: argparse.Namespace) -> list[str]:
     hardware = _hardware(args)
     if args.show_hardware:
         return hardware_report(hardware)
-    model = load_model(args.model)
-    workload = Workload(
-        args.mode,
-        args.seq,
-        args.global_batch,
-        grad_itemsize=2 if args.grad_reduce_in_bf16 or args.dtype == "fp16" else 4,
-        continuous=args.continuous,
-    )
     capacity = args.memory_gb * 1e9 if args.memory_gb is not None else None
     search = Search(
         tuple(dict.fromkeys(args.exchange)),
@@ -106,6 +108,17 @@ def _lines(args: argparse.Namespace) -> list[str]:
         args.max_micro_batch,
         args.micro_batches,
         tuple(args.tp) if args.tp else None,
+    )
+    if args.from_launch is not None:
+        return _advised(args, hardware, search, capacity)
+    args.gpus = 16 if args.gpus is None else args.gpus
+    model = load_model(args.model)
+    workload = Workload(
+        args.mode,
+        args.seq,
+        args.global_batch,
+        grad_itemsize=2 if args.grad_reduce_in_bf16 or args.dtype == "fp16" else 4,
+        continuous=args.continuous,
     )
     if args.explain is not None:
         return _explained(
@@ -135,13 +148,35 @@ def _lines(args: argparse.Namespace) -> list[str]:
     return [head, "", *plan_report(plan, args.top, args.dtype)]
 
 
+def _advised(args: argparse.Namespace, hardware: Hardware, search: Search, capacity: float | None) -> list[str]:
+    launch = read_launch(launch_words(args.from_launch), args.gpus)
+    refusal = None
+    try:
+        mine = predict(launch.model, launch.layout, launch.workload, hardware)
+    except RefusedError as error:
+        refusal, mine = str(error), None
+    # Micro-batches far beyond the launch's own are not what is asked, and a search for hundreds of GPUs takes minutes.
+    largest = min(search.max_micro_batch, 4 * launch.layout.micro_batch)
+    search = replace(search, max_micro_batch=largest)
+    try:
+        plan = make_plan(launch.model, launch.gpus, launch.workload, hardware, search, capacity, _progress())
+    except ValueError as error:
+        if mine is None:
+            raise
+        return advice(launch, mine, None, hardware, capacity, str(error))
+    if mine is None:
+        return [f"does not run: {refusal}", *launch.notes, "", *plan_report(plan, args.top, launch.dtype)]
+    return advice(launch, mine, plan, hardware, capacity)
+
+
 def _explained(
     args: argparse.Namespace, name: str, found: Prediction, hardware: Hardware, capacity: float | None
 ) -> list[str]:
     lines = explanation(found, hardware)
     refusal = memory_refusal(found.memory, hardware, capacity)
     if refusal is not None:
-        lines.append(f"does not fit: {refusal.text}")
+        # Beside the parts above: what would free most.
+        lines += [f"does not fit: {refusal.text}", *relief_lines(found, hardware)]
     if args.trace:
         write_trace(found, args.trace)
         lines.append(f"trace: {args.trace} (open in https://ui.perfetto.dev)")
@@ -166,7 +201,9 @@ def _progress() -> Callable[[int], None] | None:
     return watch
 
 
-_SHOWN = ("validate", "reproduce", "suite", "show_hardware", "explain", "sweep", "list_refused")
+_SHOWN = ("validate", "reproduce", "suite", "show_hardware", "explain", "sweep", "list_refused", "from_launch")
+_LAUNCHED = ("model", "mode", "global_batch", "seq", "continuous", "grad_reduce_in_bf16", "dtype")
+"""Options whose values a launch line has itself."""
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -180,6 +217,13 @@ def _check(args: argparse.Namespace) -> None:
         others = [f"--{name.replace('_', '-')}" for name in others if name not in _SHOWN]
         if others:
             raise ValueError(f"{asked[0]} has its own models and machines and takes no {' or '.join(others)}")
+    if args.from_launch is not None:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        known = parser.parse_args([])
+        twice = [f"--{name.replace('_', '-')}" for name in _LAUNCHED if getattr(args, name) != getattr(known, name)]
+        if twice:
+            raise ValueError(f"--from-launch has its own model and batch and takes no {' or '.join(twice)}")
     for size in args.tp or ():
         if size < 1:
             raise ValueError(f"--tp must be positive, got {size}")

@@ -21,23 +21,27 @@ MARK = "≠"
 """Marks layouts that compute another function than the model's attention (`local`)."""
 
 
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "cache")
+"""Uses of device memory, as `Memory` names them."""
+
+
 def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
     """The fastest layouts, the best of each kind, flags for the best stock and the best grid layout, refusals."""
     shown = plan.found[:top]
     lines = [
         f"{len(plan.found)} layouts can run, {len(plan.refused)} cannot; the fastest {len(shown)}:",
-        *_table(shown),
+        *layout_table(shown),
     ]
     kinds = plan.best_of_each_kind()
     others = [found for found in kinds if found not in shown][:top]
     if others:
-        lines += ["", f"the fastest of other kinds ({len(kinds)} kinds in all):", *_table(others)]
+        lines += ["", f"the fastest of other kinds ({len(kinds)} kinds in all):", *layout_table(others)]
     if any(MARK in line for line in lines):
         lines.append(f"{MARK} exchange `local` is another function than the model's attention (see docs/planner.md)")
     for label, found in _launches(plan):
         training = found.workload.training
         what = "to run the fastest" if training else "model and layout flags of the fastest"
-        lines += ["", f"{what} {label} layout, {found.layout}:", *_wrapped(megatron_flags(found, dtype))]
+        lines += ["", f"{what} {label} layout, {found.layout}:", *wrapped(megatron_flags(found, dtype))]
         missing = not_in_flags(found.model)
         if missing:
             lines.append(f"no flag of pretrain_gpt.py builds, of {found.model.name}: {'; '.join(missing)}")
@@ -59,7 +63,7 @@ def _launches(plan: Plan) -> list[tuple[str, Prediction]]:
     return stock + [("grid", found) for found in plan.exact if found.layout.grid is not None][:1]
 
 
-def _table(found: Sequence[Prediction]) -> list[str]:
+def layout_table(found: Sequence[Prediction]) -> list[str]:
     width = max(len(str(one.layout)) for one in found) + 4
     lines = [
         f"  {'layout':<{width}}{'tokens/s':>12}{'TPOT ms':>9}{'bubble':>8}{'memory GB':>11}{'TFLOP/s':>9}  bottleneck"
@@ -73,7 +77,7 @@ def _table(found: Sequence[Prediction]) -> list[str]:
     return lines
 
 
-def _wrapped(words: Sequence[str], width: int = 116) -> list[str]:
+def wrapped(words: Sequence[str], width: int = 116) -> list[str]:
     lines = ["  "]
     for word in words:
         if len(lines[-1]) + len(word) + 1 > width:
@@ -127,7 +131,7 @@ def explanation(found: Prediction, hardware: Hardware) -> list[str]:
     lines += [f"  {name:<34}{seconds * 1e3:>12.3f} ms{seconds / step:>8.1%}" for name, seconds in shown]
     needed = found.memory
     lines += ["", "memory of the fullest rank:"]
-    for name in ("weights", "gradients", "optimizer", "activations", "buffers", "cache"):
+    for name in MEMORY_PARTS:
         lines.append(f"  {name:<34}{getattr(needed, name) / 1e9:>12.3f} GB")
     lines.append(f"  {'total':<34}{needed.total / 1e9:>12.3f} GB")
     return [*lines, "", *_collectives(found, hardware), "", *_once(found, hardware)]
