@@ -65,6 +65,7 @@ KEPT = {
     "local": ("grid=1x2,exchange=local", {}, 1024 + 512 + 256 + 256 + 768),
 }
 # Experts in place of the MLP; 16 tokens seen by 2 experts each are 32 rows: in and out 2 · 8, inside 2 · 24 channels.
+# (What comes out is kept where gates weigh it behind the expert; Megatron-Core 0.16 weighs it inside and keeps 8 less.)
 EXPERTS = {"experts": 4, "top_k": 2}
 MOE = {
     "megatron": ("dp=2,ep=2", {}, 4352 - 1536 + 32 * (16 + 48) * 2),
@@ -142,8 +143,15 @@ def test_held_for_a_moment(layout: str, changes: dict[str, object], held: int) -
 def test_a_forward_pass_keeps_nothing_but_has_a_layer_at_a_time() -> None:
     found = of("tp=1", mode="forward")
     assert (found.activations, found.gradients, found.optimizer, found.buffers) == (0, 0, 0, 5376 + 4352)
-    mixed = of("dp=2,ep=2", mode="forward", **EXPERTS, moe_every=2)
-    assert mixed.buffers == 5376 + 4352 - 1536 + 4096, "the larger kind of layer"
+    # Each rank has a chunk with experts (layers 0 and 3 of 4) and one without; the larger kind counts.
+    mixed = of("pp=2,vpp=2,dp=2,ep=2", mode="forward", **EXPERTS, moe_every=3, layers=4)
+    assert mixed.buffers == 5376 + 4352 - 1536 + 4096
+
+
+def test_only_the_last_stage_holds_gradients_of_logits() -> None:
+    # The first of two stages is the fuller one, with two micro-batches; the last one alone has one and the end.
+    assert of("pp=2", vocab=10).buffers == 5376
+    assert of("pp=2", vocab=10, batch=2).buffers == 5376 + 960
 
 
 def test_parameters_and_what_adam_keeps_of_each() -> None:
