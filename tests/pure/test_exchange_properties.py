@@ -175,4 +175,33 @@ def test_refusals_are_of_what_does_not_divide(shape: AttentionShape) -> None:
         "scores": shape.n == 1 or not shape.rotary_interleaved or not shape.rotary or width % 2 == 0,
         "local": not shape.rotary or (width % 2 == 0 and shape.rotary % (2 * shape.n) == 0),
     }
-    assert {name: RULES[name].refusal(shape) is None for name in RULES} == fits
+    assert {name: RULES[name].refusal(shape) is None for name in fits} == fits
+
+
+@EXAMPLES
+@given(divided_shapes())
+def test_ranks_of_a_dim_group_attend_to_everything_once(shape: AttentionShape) -> None:
+    """Work is neither lost nor doubled: n ranks' samples, queries and channels together are the micro-batch's."""
+    for name in ("batch", "sequence", "scores", "local"):
+        inner = RULES[name].inner(shape)
+        assert shape.n * inner.samples * inner.queries * inner.channels == shape.b * shape.s * shape.d, name
+        assert (inner.channels == shape.d) == (name in ("batch", "sequence") or shape.n == 1)
+
+
+@EXAMPLES
+@given(divided_shapes())
+def test_what_stock_attention_alone_does_goes_where_stock_attention_is(shape: AttentionShape) -> None:
+    asked = replace(shape, rotary=0, stock_core_alone=("do this", "do that"))
+    for name, rule in RULES.items():
+        found = rule.refusal(asked)
+        assert (found is None) == rule.stock_core
+        if found is not None:
+            assert (found.kind, found.text) == ("feature", f"`{name}` cannot do this or do that")
+
+
+def test_buffers_of_scores_are_as_large_as_the_largest_block() -> None:
+    """600 tokens are blocks of 256, 256 and 88 queries, the last of which see all 600 keys."""
+    shape = AttentionShape(s=600, b=3, h=4, g=2, d=8, m=2, n=2)
+    four_halves_and_four_fp32 = 4 * 2 + 4 * 4
+    assert ScoresRule().score_blocks(shape) == ((256, 256), (256, 512), (88, 600))
+    assert ScoresRule().held_bytes(shape, 2) == 3 * 2 * 256 * 600 * four_halves_and_four_fp32
