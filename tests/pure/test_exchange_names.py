@@ -33,6 +33,7 @@ OTHER_MEANINGS = {
     ("hp_plugin.training.checks", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.moe", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.transformer", "config.transformer_impl == 'local'"): 1,
+    ("hp_plugin.planner.inputs.megatron_launch", "given.transformer_impl != 'local'"): 1,
     ("hp_plugin.compare.rates.machine", "['local']"): 1,
     ("hp_plugin.compare.rates.machine", "{'local': ...}"): 1,
     # axes and lengths; what a product or a column is called
