@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -19,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention.experts import MARKED_EXPERTS
-from hp_plugin.attention.recompute import RecomputableMLP, recomputes_mlp
+from hp_plugin.attention.recompute import OWN_BIAS, recomputes_mlp
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.upstream.spec_tree import Replacement, with_replacements
 
@@ -63,10 +62,8 @@ def mended_mlps(layer_spec: Any, config: TransformerConfig) -> Any:
 
     Experts have whole gradients and norms on every layout, and MLPs with biases can be recomputed.
     """
-    mended = {stock: Replacement(marked) for stock, marked in MARKED_EXPERTS.items()}
-    if recomputes_mlp(config):
-        mended[MLP] = Replacement(RecomputableMLP)
-    return with_replacements(layer_spec, mended)
+    mended = MARKED_EXPERTS | (OWN_BIAS if recomputes_mlp(config) else {})
+    return with_replacements(layer_spec, {stock: Replacement(ours) for stock, ours in mended.items()})
 
 
 def sequence_parallel_norms(
