@@ -11,34 +11,17 @@ from dataclasses import replace
 import pytest
 
 from hp_plugin.planner.counts.moe import moe_backward, moe_forward, routed_tokens
-from hp_plugin.planner.counts.program import Collective, Gemm, Program, Stream
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
+from tests.programs import listed
 
 MODEL = ModelShape("tiny", 2, 8, 4, 2, 4, 24, experts=4, top_k=2)
 
 
 def share(layout: str, mode: str = "train", **changes: object) -> Share:
     return Share(replace(MODEL, **changes), Layout.parse(f"{layout},mbs=2"), Workload(mode, 8, 8))
-
-
-def listed(program: Program) -> list[tuple[object, ...]]:
-    """Kernels, then messages, of every block: sizes of products (m, n, k and how many), bytes of all else."""
-    found: list[tuple[object, ...]] = []
-    for block in program:
-        for kernel in block.kernels:
-            if isinstance(kernel, Gemm):
-                sizes = (kernel.m, kernel.n, kernel.k, kernel.batch)
-                found.append((kernel.name, *sizes, "+=") if kernel.accumulate else (kernel.name, *sizes))
-            else:
-                assert isinstance(kernel, Stream)
-                found.append((kernel.name, kernel.bytes))
-        for message in block.collectives:
-            assert isinstance(message, Collective)
-            found.append((message.kind, message.axis, message.bytes))
-    return found
 
 
 # Two reads or writes of a hidden state in a norm, three around a residual; three in a norm's gradient.
