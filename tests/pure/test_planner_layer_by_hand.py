@@ -114,6 +114,14 @@ def test_norms_in_kernels_of_their_own_move_twice_as_much() -> None:
     assert listed(layer_passes(share("tp=1,fused=off"), moe=False).backward)[-1] == ("norm", 2 * 3 * 256)
 
 
+def test_fully_sharded_layers_flatten_their_gradients() -> None:
+    """800 parameters (attention 384, MLP 384, norms 32): joined 2 + 2, cast 2 + 4, divided 4 + 4 bytes."""
+    passes = layer_passes(share("dp=4,zero=full"), moe=False)
+    assert ("flat gradients", (4 + 6 + 8) * 800) in listed(passes.backward)
+    weights, gradients = ("all_gather", "dp", 2 * 800), ("reduce_scatter", "dp", 4 * 800)
+    assert listed(passes.forward)[-1] == weights and listed(passes.backward)[-2:] == [weights, gradients]
+
+
 def ending(layout: str, rank: int = 0, **changes: object) -> dict[str, tuple[str, str, float]]:
     mine = share(layout, **changes)
     pp = mine.layout.pp
@@ -135,6 +143,7 @@ def test_what_ends_a_step() -> None:
     assert ending("tp=2,sp,ep=2", **experts)["sum norm gradients"][2] == (80 + 2 * 8 + 2 * 32) * 4
     assert ending("tp=2,sp,ep=2,moe=deepspeed", **experts)["sum norm gradients"][2] == (80 + 2 * 8) * 4
     # Norms of queries and of keys, 4 + 4 numbers with biases 4 + 4 more, of both layers: also without sp.
+    assert ending("tp=1", qk_norm=True) == {}
     assert ending("tp=2", qk_norm=True)["sum norm gradients"][2] == 2 * 16 * 4
     # 10 words of 8 on the first and on the last of the stages, but on none between them.
     tied = {"sum tied embedding gradients": ("all_reduce", "ends", 10 * 8 * 4)}
