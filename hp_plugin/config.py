@@ -24,7 +24,7 @@ class HeadDimConfig:
     Args:
         m: size of the head axis (groups of whole heads).
         n: size of the dim axis (slices of every head's dimension).
-        exchange: `batch`, `sequence`, `scores`, `local` or `auto`.
+        exchange: `batch`, `sequence`, `scores`, `weights`, `local` or `auto`.
         order: which axis has neighbouring TP ranks, `dim-innermost` or `head-innermost`. Who owns which slice does not
             depend on it, so checkpoints do not either.
 
@@ -171,6 +171,11 @@ class HeadDimConfig:
         """
         self.check_heads(shape.h, shape.g, shape.d)
         return resolve(self.exchange, shape)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether weights move, or may move, instead of activations."""
+        return any(RULES[name].moves_weights for name in candidates(self.exchange, self.n))
 
     @property
     def exact(self) -> bool:

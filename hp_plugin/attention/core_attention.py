@@ -56,6 +56,7 @@ class HeadDimCoreAttention:
             window=tuple(config.window_size) if windowed else None,
             scale=config.kv_channels**-0.5 if softmax_scale is None else softmax_scale,
             dropout=config.attention_dropout,
+            own_stream=config.sequence_parallel,
         )
 
     def forward(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hp_plugin.attention.finalization import finalize_on_grid
 from hp_plugin.checkpoint.optimizer_fence import fence_optimizer_state
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.grid.groups import HeadDimGroups
@@ -131,7 +132,7 @@ class _Registration:
 
     def __init__(self, groups: HeadDimGroups) -> None:
         self.groups = groups
-        self._unfence = fence_optimizer_state(groups.grid)
+        self._take_away = [fence_optimizer_state(groups.grid), finalize_on_grid(groups)]
         self._destroy: Callable[[], None] = parallel_state.destroy_model_parallel
         self._collect = ProcessGroupCollection.__dict__["use_mpu_process_groups"]
         self._getters = {
@@ -157,7 +158,8 @@ class _Registration:
             delattr(parallel_state, name)
         parallel_state.destroy_model_parallel = self._destroy
         ProcessGroupCollection.use_mpu_process_groups = self._collect
-        self._unfence()
+        for take_away in self._take_away:
+            take_away()
         _registered = None
         self._destroy()
 

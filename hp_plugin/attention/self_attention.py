@@ -73,6 +73,8 @@ class HeadDimSelfAttention(SelfAttention):
         columns = proj_columns(h, d, head_dim.m, head_dim.n)
         exchanges = {name: STRATEGIES[name](groups, layout) for name in candidates(head_dim.exchange, head_dim.n)}
         turn = Turn(next(iter(exchanges.values())))
+        column, for_column = turn.exchange.parallel_linear(HeadDimColumnParallelLinear, layout.slots)
+        row, for_row = turn.exchange.parallel_linear(HeadDimRowParallelLinear, layout.heads)
         collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
         collection.tp = turn.exchange.stock_group
         true_config, config = config, turn.exchange.stock_config(config)
@@ -81,8 +83,9 @@ class HeadDimSelfAttention(SelfAttention):
             replace(
                 submodules,
                 linear_qkv=submodule_spec(
-                    HeadDimColumnParallelLinear,
+                    column,
                     submodules.linear_qkv,
+                    **for_column,
                     groups=groups,
                     axis=rows,
                     turn=turn,
@@ -91,8 +94,9 @@ class HeadDimSelfAttention(SelfAttention):
                     HeadDimCoreAttention, submodules.core_attention, exchanges=exchanges.values(), turn=turn
                 ),
                 linear_proj=submodule_spec(
-                    HeadDimRowParallelLinear,
+                    row,
                     submodules.linear_proj,
+                    **for_row,
                     groups=groups,
                     axis=columns,
                     turn=turn,
@@ -111,6 +115,8 @@ class HeadDimSelfAttention(SelfAttention):
         self.head_dim = head_dim
         self.groups = groups
         self.true_config = true_config
+        # (s, b) of the whole micro-batch, where the layer around gives attention its share of it.
+        self.micro_batch: tuple[int, int] | None = None
         self._exchanges = exchanges
         self._turn = turn
 
@@ -183,12 +189,13 @@ class HeadDimSelfAttention(SelfAttention):
 
     def _pick(self, hidden_states: Tensor, angles: Tensor | None, biased: bool, inference_context: Any) -> Exchange:
         """The exchange that carries this micro-batch."""
-        s = hidden_states.shape[0] * (self.groups.grid.size if self.config.sequence_parallel else 1)
+        parts = self.groups.grid.size if self.config.sequence_parallel else 1
+        s, b = self.micro_batch or (hidden_states.shape[0] * parts, hidden_states.shape[1])
         rotary = 0 if angles is None else angles.shape[-1]
-        shape = attention_shape(self.true_config, self.head_dim, hidden_states.shape[1], s, rotary)
+        shape = attention_shape(self.true_config, self.head_dim, b, s, rotary)
         if biased:
             shape = replace(shape, stock_core_alone=(*shape.stock_core_alone, "add an attention bias"))
-        exchange = self._exchanges[_resolved(self.head_dim, shape)]
+        exchange = self._exchanges[_resolved(self.head_dim, shape)].at(shape)
         if inference_context is not None and not (exchange.rule.caches and inference_context.is_static_batching()):
             others = way_out([name for name in fitting(shape) if RULES[name].caches], " with static batching")
             raise ValueError(

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -18,8 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention.experts import MARKED_EXPERTS
+from hp_plugin.attention.layers import submodule_spec
 from hp_plugin.attention.recompute import OWN_BIAS, recomputes_mlp
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
+from hp_plugin.exchange.rules import candidates
+from hp_plugin.exchange.strategies import STRATEGIES
+from hp_plugin.exchange.strategy import Exchange
 from hp_plugin.upstream.spec_tree import Replacement, with_replacements
 
 
@@ -54,7 +59,24 @@ def head_dim_spec(
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
         )
-    return sequence_parallel_norms(mended_mlps(swapped, config), config, vp_stage)
+    swapped = sequence_parallel_norms(mended_mlps(swapped, config), config, vp_stage)
+    for exchange in _strategies(config):
+        swapped = exchange.whole_layers(swapped, config, vp_stage, submodule_spec)
+    return swapped
+
+
+def finish_model(model: GPTModel) -> None:
+    """What exchanges change around the layers of a model that was built from specs on the grid.
+
+    The model computes the same without it; it may move more.
+    """
+    for exchange in _strategies(model.config):
+        exchange.whole_model(model)
+
+
+def _strategies(config: TransformerConfig) -> list[type[Exchange]]:
+    head_dim = config.head_dim_parallel
+    return [STRATEGIES[name] for name in candidates(head_dim.exchange, head_dim.n)]
 
 
 def mended_mlps(layer_spec: Any, config: TransformerConfig) -> Any:

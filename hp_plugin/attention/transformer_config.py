@@ -162,6 +162,9 @@ def _unsupported_by_exchange(config: Any, exchange: str, shape: AttentionShape |
         others = way_out(fitting(shape))
     if not rule.exact and hasattr(config, "yarn_rotary_scaling_factor"):
         yield Refusal("feature", f"`{exchange}` cannot place YaRN frequencies on slices{others}")
+    for what in rule.cannot(config):
+        able = [name for name in AUTO_ORDER if what not in RULES[name].cannot(config)]
+        yield Refusal("feature", f"exchange `{exchange}` cannot {what}{way_out(able, ' where it fits')}")
     if not rule.stock_core:
         for what in alone:
             yield Refusal("feature", f"exchange `{exchange}` cannot {what}{others}")

@@ -10,7 +10,6 @@ from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 
-from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.launch_script import launch_words
 from hp_plugin.planner.inputs.layout import Layout
@@ -55,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="fp16: gradients reduced in 16 bit")
     search = parser.add_argument_group("which layouts")
     search.add_argument("--tp", type=int, nargs="+", metavar="SIZE", help="only these tensor-parallel sizes")
-    search.add_argument("--exchange", nargs="+", choices=tuple(RULES), default=list(RULES), help="exchanges of grids")
+    search.add_argument(
+        "--exchange", nargs="+", choices=Search().exchanges, default=list(Search().exchanges), help="exchanges of grids"
+    )
     search.add_argument("--tp-comm-overlap", action="store_true", help="also layouts with Megatron's --tp-comm-overlap")
     search.add_argument("--max-micro-batch", type=int, default=64)
     search.add_argument("--micro-batches", type=int, help="only layouts with this many micro-batches per step")

@@ -145,11 +145,11 @@ def initialize(
         )
     with adapter_calls():
         built = model if isinstance(model, nn.Module) else model(head_dim)
-        check_model(built, head_dim, groups)
+        check_model(built, head_dim, groups, load_settings(source))
         check_mixture(built, load_settings(source))
         result = deepspeed.initialize(model=built, mpu=unit, **given)
     # After the engine: it changes parameters' dtypes, which hooks on them would not survive.
-    sum_replica_gradients(built, groups.tp)
+    sum_replica_gradients(built, groups)
     attach_mixture(result[0])
     keep_to_layout(result[0], head_dim)
     return result

@@ -9,18 +9,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hp_plugin.exchange.replicas import is_partial
+from hp_plugin.grid.groups import HeadDimGroups
 
-def sum_replica_gradients(model: nn.Module, tp_group: dist.ProcessGroup) -> list[RemovableHandle]:
+
+def sum_replica_gradients(model: nn.Module, groups: HeadDimGroups) -> list[RemovableHandle]:
     """Hooks every parameter of which each TP rank sees a share of the work, so that its gradient is the whole one.
 
-    These are the norms and biases that sequence parallelism gives a share of the tokens, and QK-norms, which see a
-    share of the heads. A gradient is summed in backward, before it is accumulated: what ZeRO buckets, partitions,
-    clips or offloads is then already the same on all ranks, at every stage and under gradient accumulation.
+    These are the norms and biases that sequence parallelism gives a share of the tokens, QK-norms, which see a share of
+    the heads, and what exchange `weights` gives the tokens of one place on the dim axis. A gradient is summed in
+    backward, before it is accumulated: what ZeRO buckets, partitions, clips or offloads is then already the same on all
+    ranks, at every stage and under gradient accumulation.
 
-    Volume: one all-reduce over the TP group per such parameter and micro-batch, in fp32.
+    Volume: one all-reduce over the TP group (or the dim axis) per such parameter and micro-batch, in fp32.
 
     Source: `megatron.core.distributed.finalize_model_grads`, the marks and names it goes by.
     """
+    tp_group = groups.tp
     if tp_group.size() == 1:
         return []
     handles = []
@@ -31,6 +36,8 @@ def sum_replica_gradients(model: nn.Module, tp_group: dist.ProcessGroup) -> list
             handles.append(parameter.register_hook(_summing(tp_group, 1 / tp_group.size())))
         elif getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name:
             handles.append(parameter.register_hook(_summing(tp_group, 1.0)))
+        elif is_partial(parameter):
+            handles.append(parameter.register_hook(_summing(groups.dim, 1.0)))
     return handles
 
 

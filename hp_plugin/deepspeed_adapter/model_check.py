@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -15,13 +17,13 @@ from hp_plugin.exchange.rules import RULES
 from hp_plugin.grid.groups import HeadDimGroups
 
 
-def check_model(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups) -> None:
+def check_model(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups, settings: Mapping[str, Any]) -> None:
     """Compares every attention layer of a model with the grid.
 
     Raises:
         ValueError: layers are off the grid or on another one, or the model accumulates or reduces its own gradients.
     """
-    for complaint in _complaints(model, head_dim, groups):
+    for complaint in chain(_complaints(model, head_dim, groups), _zero_complaints(model, settings)):
         raise ValueError(f"head_dim_parallel m={head_dim.m}, n={head_dim.n}: {complaint}")
 
 
@@ -66,4 +68,16 @@ def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
             yield (
                 f"the configuration asks for exchange {head_dim.exchange!r}, {name} was built with "
                 f"{layer.head_dim.exchange!r}: give the model's HeadDimTransformerConfig the same"
+            )
+
+
+def _zero_complaints(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[str]:
+    zero = settings.get("zero_optimization")
+    if not isinstance(zero, Mapping) or zero.get("stage", 0) != 3:
+        return
+    for name, layer in grid_layers(model).items():
+        if layer.head_dim.moves_weights:
+            yield (
+                f"zero_optimization.stage 3 frees the weights of {name} between their uses, and exchange "
+                f"{layer.head_dim.exchange!r} gathers them ahead: set the stage to 0, 1 or 2, or take another exchange"
             )

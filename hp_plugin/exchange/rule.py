@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hp_plugin.refusal import Refusal
 
@@ -74,12 +75,18 @@ class ExchangeRule:
     exact = True
     stock_core = True
     """Whether stock's inner attention serves it, with all it can do: biases, offsets, context parallelism."""
+    moves_weights = False
+    """Whether weights move instead of activations."""
     caches = True
     """Whether stock's key/value cache of static batches works beside it."""
     head_axis = False
     """Whether it sends anything over the head axis; otherwise only the dim axis gains by lying inside a node."""
     keeps_statistics = True
     """Whether inner attention that keeps no scores keeps an fp32 number per row (the softmax's) for backward."""
+
+    def cannot(self, config: Any) -> tuple[str, ...]:
+        """What a model's configuration asks for that it cannot do, whatever the micro-batch, each after "cannot"."""
+        return ()
 
     def missing(self, shape: AttentionShape) -> str | None:
         """Says why this exchange cannot carry `shape`, or None."""

@@ -7,9 +7,12 @@ from hp_plugin.exchange.local.rule import LocalRule
 from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
 from hp_plugin.exchange.scores.rule import ScoresRule
 from hp_plugin.exchange.sequence.rule import SequenceRule
+from hp_plugin.exchange.weights.rule import WeightsRule
 from hp_plugin.refusal import RefusedError
 
-RULES: dict[str, ExchangeRule] = {rule.name: rule for rule in (BatchRule(), SequenceRule(), ScoresRule(), LocalRule())}
+RULES: dict[str, ExchangeRule] = {
+    rule.name: rule for rule in (BatchRule(), SequenceRule(), ScoresRule(), WeightsRule(), LocalRule())
+}
 AUTO = "auto"
 """The choice that is left to each micro-batch's shape."""
 AUTO_ORDER = ("batch", "sequence", "scores")

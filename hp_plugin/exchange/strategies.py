@@ -7,7 +7,9 @@ from hp_plugin.exchange.local.strategy import LocalExchange
 from hp_plugin.exchange.scores.strategy import ScoresExchange
 from hp_plugin.exchange.sequence.strategy import SequenceExchange
 from hp_plugin.exchange.strategy import Exchange
+from hp_plugin.exchange.weights.strategy import WeightsExchange
 
 STRATEGIES: dict[str, type[Exchange]] = {
-    strategy.rule.name: strategy for strategy in (BatchExchange, SequenceExchange, ScoresExchange, LocalExchange)
+    strategy.rule.name: strategy
+    for strategy in (BatchExchange, SequenceExchange, ScoresExchange, WeightsExchange, LocalExchange)
 }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
 from hp_plugin.grid.groups import HeadDimGroups
 
 
@@ -57,12 +58,16 @@ Angles = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class CoreSettings:
-    """How a layer attends: causality, window (left, right), scale of the scores, and dropout of this call."""
+    """How a layer attends: causality, window (left, right), scale of the scores, and dropout of this call.
+
+    `own_stream` says whether the random numbers in use are this rank's own already, as under sequence parallelism.
+    """
 
     causal: bool
     window: tuple[int, int] | None
     scale: float
     dropout: float
+    own_stream: bool = False
 
 
 @dataclass
@@ -119,6 +124,28 @@ class Exchange:
     def stock_config(self, config: TransformerConfig) -> TransformerConfig:
         """The model that stock's attention takes itself for."""
         return config
+
+    @classmethod
+    def whole_layers(
+        cls, spec: Any, config: TransformerConfig, vp_stage: int | None, mixed_in: Callable[..., Any]
+    ) -> Any:
+        """The layer, block or multi-token-prediction spec, where more than attention has to know of the exchange.
+
+        `mixed_in(layer, stock, **params)` is the spec of `layer` over the class that the spec `stock` names.
+        """
+        return spec
+
+    @classmethod
+    def whole_model(cls, model: nn.Module) -> None:
+        """Changes of a GPT model around its layers, once it is built; its parameters stay what they are."""
+
+    def at(self, shape: AttentionShape) -> Exchange:
+        """What carries a micro-batch of this shape: itself, or a variant of it."""
+        return self
+
+    def parallel_linear(self, layer: type, slots: int) -> tuple[type, dict[str, Any]]:
+        """What stands for a parallel layer, of whose sharded axis a rank has `slots` heads, and its parameters."""
+        return layer, {}
 
     def to_heads(self, mixed: Tensor) -> Tensor | QKV:
         """From the column-parallel output, `[s, b, slots · d/n]`, to what this rank's attention works on."""

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hp_plugin.attention.model_check import check_attention
 from hp_plugin.attention.registration import initialize_on_grid
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
-from hp_plugin.attention.specs import head_dim_spec, sequence_parallel_norms
+from hp_plugin.attention.specs import finish_model, head_dim_spec, sequence_parallel_norms
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, post_init_on_grid
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.megatron_lm.releases import check_parameters
@@ -94,6 +94,7 @@ class ModelHooks:
             original(*call.args, **call.kwargs)
             if on_grid(config):
                 check_attention(call.arguments["self"])
+                finish_model(call.arguments["self"])
 
         return __init__
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.attention.model_check import check_attention
+from hp_plugin.attention.specs import finish_model
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.initialization import initialize_parameters
 from hp_plugin.training.moe import check_backend
@@ -37,6 +38,7 @@ def build_gpt(config: TrainingConfig, transformer_config: TransformerConfig, chu
     )
     if config.head_dim is not None:
         check_attention(model)
+        finish_model(model)
     check_backend(config, transformer_config, model)
     return model
 

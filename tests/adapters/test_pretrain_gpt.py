@@ -43,6 +43,19 @@ CASES = {
         f"{GQA} 2 --mtp-num-layers 1",
         "--head-dim-parallel auto --tensor-model-parallel-size 4",
     ),
+    "weights, interleaved, sequence parallel": (
+        f"{LLAMA} --num-layers 4",
+        "--head-dim-parallel 1,2 --head-dim-exchange weights --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1 --sequence-parallel",
+    ),
+    "weights by tokens, multi-token prediction": (
+        f"{GQA} 2 --mtp-num-layers 1",
+        "--head-dim-parallel 1,4 --head-dim-exchange weights",
+    ),
+    "weights, distributed optimizer": (
+        "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+        "--head-dim-parallel 1,2 --head-dim-exchange weights --overlap-grad-reduce --overlap-param-gather",
+    ),
     "--spec": (
         "--spec spec_of_ours layer",
         "--head-dim-parallel 1,4 --head-dim-exchange sequence",

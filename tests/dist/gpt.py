@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin import cpu_backend
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.attention.specs import head_dim_spec
+from hp_plugin.attention.specs import finish_model, head_dim_spec
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from tests.dist.gpt_parts import Part, collect, fill
@@ -43,11 +43,18 @@ class Case:
     loss_scale: float | None = None
     distributed_optimizer: bool = False
     overlap: bool = False
+    bucket_size: int | None = None
+    """Parameters per gradient bucket of Megatron's data parallelism; all in one if None."""
     clip_grad: float = 0.0
     steps: int = 2
+    micro_batch: int = 2
     layers: int = 4
     tied: bool = True
+    own_masks: bool = False
+    """Every sample hides keys of its own, by its tokens."""
     positions: str = "rope"
+    ends: bool = True
+    """Whether the exchange may change what is around the layers."""
     grid: HeadDimConfig | None = None
     """Attention on this grid; `tp` is its size then."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +79,7 @@ class Outcome:
 
 
 def train(case: Case) -> Outcome:
-    """Train `case.steps` steps of 4 micro-batches of 2 samples each, spread over the data-parallel ranks."""
+    """Train `case.steps` steps of 8 samples, in micro-batches spread over the data-parallel ranks."""
     cpu_backend.enable()
     start(case)
     chunks = build(case)
@@ -106,7 +113,7 @@ def start(case: Case) -> None:
         )
     tensor_parallel.model_parallel_cuda_manual_seed(123)
     num_microbatches_calculator.init_num_microbatches_calculator(
-        dist.get_rank(), None, 8, 2, parallel_state.get_data_parallel_world_size()
+        dist.get_rank(), None, 8, case.micro_batch, parallel_state.get_data_parallel_world_size()
     )
 
 
@@ -155,6 +162,8 @@ def build(case: Case) -> list[Any]:
             **stage,
         )
         model.model_type = ModelType.encoder_or_decoder
+        if case.grid is not None and case.ends:
+            finish_model(model)
         fill(model)
         model.cuda(torch.cuda.current_device())
         inner = model if case.dtype is torch.float32 else Float16Module(config, model)
@@ -163,6 +172,7 @@ def build(case: Case) -> list[Any]:
             use_distributed_optimizer=case.distributed_optimizer,
             overlap_grad_reduce=case.overlap,
             overlap_param_gather=case.overlap and case.distributed_optimizer,
+            bucket_size=case.bucket_size,
         )
         chunks.append(DistributedDataParallel(config, ddp, inner, disable_bucketing=vp_stage > 0))
     return chunks
@@ -219,14 +229,14 @@ def run_step(case: Case, chunks: list[Any], step: int) -> float:
     # The upper eighth of the vocabulary never occurs: without tying, its embeddings have zero gradients.
     tokens = torch.randint(VOCABULARY - VOCABULARY // 8, (8, SEQUENCE + 1), generator=samples)
     dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    mine = tokens.view(-1, dp, 2, SEQUENCE + 1)[:, rank]
+    mine = tokens.view(-1, dp, case.micro_batch, SEQUENCE + 1)[:, rank]
     losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, case),
         data_iterator=[iter(mine) for _ in chunks] if len(chunks) > 1 else iter(mine),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches_calculator.get_num_microbatches(),
         seq_length=SEQUENCE,
-        micro_batch_size=2,
+        micro_batch_size=case.micro_batch,
         forward_only=False,
     )
     mean = torch.tensor(sum(float(loss["lm loss"]) for loss in losses) / len(losses) if losses else 0.0)
@@ -236,10 +246,12 @@ def run_step(case: Case, chunks: list[Any], step: int) -> float:
     return float(mean)
 
 
-def forward_step(iterator: Any, model: Any) -> Any:
+def forward_step(case: Case, iterator: Any, model: Any) -> Any:
     tokens = next(iterator)
-    positions = torch.arange(SEQUENCE, device="cuda").expand(2, -1)
+    positions = torch.arange(SEQUENCE, device="cuda").expand(len(tokens), -1)
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool, device="cuda").triu(1)
+    if case.own_masks:
+        mask = mask | (tokens[:, None, None, :-1] % 3 == 0) & ~torch.eye(SEQUENCE, dtype=torch.bool, device="cuda")
     output = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
     return output, partial(mean_loss)
 

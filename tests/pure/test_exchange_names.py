@@ -36,6 +36,9 @@ OTHER_MEANINGS = {
     ("hp_plugin.planner.inputs.megatron_launch", "given.transformer_impl != 'local'"): 1,
     ("hp_plugin.compare.rates.machine", "['local']"): 1,
     ("hp_plugin.compare.rates.machine", "{'local': ...}"): 1,
+    # what memory is taken by
+    ("hp_plugin.planner.counts.feasibility", "{'weights': ...}"): 1,
+    ("hp_plugin.planner.reports.text", "('weights', 'gradients', 'optimizer', 'activations', 'buffers', 'cache')"): 1,
     # axes and lengths; what a product or a column is called
     ("hp_plugin.compare.rates.machine", "['batch', 'm', 'n', 'k', 'tflops']"): 1,
     ("hp_plugin.planner.machine.gemm", "('batch', 'm', 'n', 'k')"): 1,

@@ -173,6 +173,7 @@ def test_refusals_are_of_what_does_not_divide(shape: AttentionShape) -> None:
         "batch": shape.b % shape.n == 0,
         "sequence": shape.s % (2 * shape.n) == 0,
         "scores": shape.n == 1 or not shape.rotary_interleaved or not shape.rotary or width % 2 == 0,
+        "weights": shape.b % shape.n == 0 or shape.s % (2 * shape.n) == 0,
         "local": not shape.rotary or (width % 2 == 0 and shape.rotary % (2 * shape.n) == 0),
     }
     assert {name: RULES[name].refusal(shape) is None for name in fits} == fits

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from hp_plugin.exchange.dropout_rng import HEAD_PARALLEL_RNG, ensure_rng
 from hp_plugin.exchange.scores.attention import ScoresSettings, scores_attention
-from hp_plugin.exchange.scores.dropout_rng import HEAD_PARALLEL_RNG, ensure_head_parallel_rng
 from hp_plugin.exchange.scores.rule import ScoresRule
 from hp_plugin.exchange.scores.slice_norm import normed_slices
 from hp_plugin.exchange.scores.slice_rotary import rotate_slices
@@ -72,6 +72,6 @@ class ScoresExchange(Exchange):
 
         if not how.dropout:
             return run(None)
-        ensure_head_parallel_rng(self.groups.dim)
+        ensure_rng(HEAD_PARALLEL_RNG, self.groups.dim)
         with get_cuda_rng_tracker().fork(HEAD_PARALLEL_RNG):
             return run(torch.cuda.get_rng_state(query.device) if query.is_cuda else torch.get_rng_state())

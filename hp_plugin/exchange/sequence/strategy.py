@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hp_plugin.exchange.sequence.attention import sequence_attention
+from hp_plugin.exchange.sequence.chunks import chunks_of, in_order, own_tokens, spread
 from hp_plugin.exchange.sequence.rule import SequenceRule
 from hp_plugin.exchange.strategy import QKV, Angles, CoreSettings, Exchange
 
@@ -34,8 +35,7 @@ class SequenceExchange(Exchange):
         slots = mixed.view(s, b, layout.kv_groups, layout.query_slots + 2, layout.width)
         queries, keys_values = slots.split([layout.query_slots, 2], dim=3)
         # [s, b, ..] -> [n, s/n · b · ..]: for each rank of the dim group its early and its late chunk
-        early, late = queries.unflatten(0, (2, n, -1)).unbind(0)
-        chunks = torch.stack((early, late.flip(0)), dim=1).view(n, -1)
+        chunks = spread(queries, n).flatten(1)
         everyone = keys_values.reshape(1, -1).expand(n, -1)
         traded = all_to_all(self.groups.dim, torch.cat((chunks, everyone), dim=1))
         own, whole = traded.split([chunks.shape[1], everyone.shape[1]], dim=1)
@@ -53,24 +53,12 @@ class SequenceExchange(Exchange):
         blocks = context.view(share, b, self.layout.heads, self.n, self.layout.width).permute(3, 0, 1, 2, 4)
         traded = all_to_all(self.groups.dim, blocks.contiguous())
         # [n, s/n, b, h/m, d/n] -> [s, b, h/m · d/n]: the chunks back into the order of the sequence
-        early, late = traded.view(self.n, 2, share // 2, b, -1).unbind(1)
-        return torch.cat((early, late.flip(0))).flatten(0, 1)
-
-    def own_positions(self, tokens: Tensor, axis: int = 0) -> Tensor:
-        """This rank's early and late chunk of an axis of s positions."""
-        early, late = self.own_chunks
-        chunks = tokens.chunk(2 * self.n, dim=axis)
-        return torch.cat((chunks[early], chunks[late]), dim=axis)
-
-    @property
-    def own_chunks(self) -> tuple[int, int]:
-        """This rank's (early, late) chunk of 2n."""
-        return self.j, 2 * self.n - 1 - self.j
+        return in_order(traded.view(self.n, share, b, -1))
 
     def split_angles(self, angles: Angles, config: TransformerConfig) -> tuple[Angles, Angles]:
         """Queries rotate by their own positions, keys by all."""
         query, key = angles
-        return (None if query is None else self.own_positions(query), key), (None, None)
+        return (None if query is None else own_tokens(query, self.j, self.n), key), (None, None)
 
     def attends(self, query: Tensor, key: Tensor, caching: bool) -> bool:
         """Fewer queries than keys, unless stock's cache makes them so."""
@@ -78,12 +66,13 @@ class SequenceExchange(Exchange):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
         """This rank's queries against all keys."""
-        with get_cuda_rng_tracker().fork() if how.dropout else nullcontext():
+        # Never inside itself: recompute enters only the inner fork, from where the outer one began.
+        with get_cuda_rng_tracker().fork() if how.dropout and not how.own_stream else nullcontext():
             return sequence_attention(
                 query,
                 key,
                 value,
-                chunks=self.own_chunks,
+                chunks=chunks_of(self.j, self.n),
                 mask=mask,
                 causal=how.causal,
                 window=how.window,

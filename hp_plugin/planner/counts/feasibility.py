@@ -20,6 +20,8 @@ MEMORY = "memory"
 def shape_refusals(share: Share) -> list[Refusal]:
     """Everything that keeps these sizes from fitting together; empty if nothing does."""
     model, layout = share.model, share.layout
+    if layout.grid is not None and layout.grid.moves_weights:
+        return [Refusal("exchange", f"what exchange `{layout.grid.exchange}` moves is not counted yet")]
     found = [*width_refusals(model, layout), *_pipeline(model, layout)]
     found += [*_batch(share), *_features(share), *_experts(share)]
     return found or _exchange(share)
@@ -153,7 +155,9 @@ def _exchange(share: Share) -> list[Refusal]:
         if not share.fused_attention:
             return [_no_fused_kernel(share)]
         if not rule.stock_core:
-            others = _listed(other.name for other in RULES.values() if other.exact and other.stock_core)
+            others = _listed(
+                other.name for other in RULES.values() if other.exact and other.stock_core and not other.moves_weights
+            )
             said = f"exchange `{rule.name}` cannot do context parallelism; {others} can"
             return [Refusal(f"context parallelism under {rule.name}", said)]
     return [_no_cache(rule.name)] if decode and not rule.caches else []

@@ -1,0 +1,187 @@
+"""Embedding, output layer and loss on this rank's share of the tokens, where that moves less than the tokens do.
+
+They are part of the block's work then: their weights are gathered like a layer's, and what stock's block would take and
+return never is there whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from megatron.core import num_microbatches_calculator
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor, nn
+
+from hp_plugin.exchange.dropout_rng import DIM_PARALLEL_RNG, ensure_rng
+from hp_plugin.exchange.replicas import mark_partial
+from hp_plugin.exchange.weights.cross_entropy import vocabulary_cross_entropy
+from hp_plugin.exchange.weights.gathering import Chain, LayerWeights
+from hp_plugin.exchange.weights.layers import Block, GatheringColumnLinear, WeightsTransformerLayer, mixed
+from hp_plugin.exchange.weights.rule import embedding_moves_less, output_moves_less
+from hp_plugin.exchange.weights.shards import Shard
+from hp_plugin.grid.groups import HeadDimGroups
+
+
+def move_ends(model: GPTModel) -> None:
+    """Moves the ends that this stage of a model has to its share, if tokens outweigh the vocabulary."""
+    layers = list(model.decoder.layers)
+    # Further predictions go through the same ends, from hidden states of all tokens.
+    if not layers or not isinstance(layers[0], WeightsTransformerLayer) or model.config.mtp_num_layers:
+        return
+    tokens, block = _tokens_of_micro_batch(model), layers[0].block
+    grid, sequence_parallel = block.groups.grid, model.config.sequence_parallel
+    if any(grid.tp_rank(i, j) != i * grid.n + j for i in range(grid.m) for j in range(grid.n)):
+        return  # a dim group's parts of the vocabulary are no neighbours
+    sizes = (model.vocab_size, tokens, grid.m, grid.size, sequence_parallel)
+    if model.pre_process and embedding_moves_less(*sizes):
+        _Embedding(model, block)
+        layers[0].first = False
+    if model.post_process and output_moves_less(*sizes):
+        _Output(model, block)
+        layers[-1].last = False
+
+
+def _tokens_of_micro_batch(model: GPTModel) -> int:
+    """s · b as far as it is known; 0 if it is not."""
+    b = getattr(model.config, "micro_batch_size", None)
+    if b is None and num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
+        b = num_microbatches_calculator.get_micro_batch_size()
+    return (b or 0) * (getattr(model.config, "seq_length", None) or model.max_sequence_length)
+
+
+class _Embedding:
+    """Takes the rank's own tokens to hidden states, and begins the block with the whole micro-batch's shape."""
+
+    def __init__(self, model: GPTModel, block: Block) -> None:
+        self._block, self._config = block, model.config
+        embedding = model.embedding
+        words = embedding.word_embeddings
+        words.__class__ = mixed(GatheringEmbedding, type(words))
+        shard = Shard(words, "weight", 0, 1, block.groups.grid.n)
+        words.gather_with(block.groups, shard, Chain(block.groups.dim).add([words], [shard], recomputed=False))
+        for parameter in embedding.parameters():
+            stock_sums = self._config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            if parameter is not words.weight and not stock_sums:
+                mark_partial(parameter)
+        embedding.register_forward_pre_hook(self._cut, with_kwargs=True)
+        embedding.forward = self._on_share(embedding)
+        if hasattr(model, "rotary_pos_emb"):
+            # Stock reads the length off the hidden states, which are a share of them here.
+            model.rotary_pos_emb.get_rotary_seq_len = lambda *args, **kwargs: block.share.s
+
+    def _cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = kwargs["input_ids"]
+        self._block.begin(ids.shape[1], ids.shape[0], self._config.sequence_parallel)
+        names = ("input_ids", "position_ids")
+        return args, {name: _own(self._block, value) if name in names else value for name, value in kwargs.items()}
+
+    def _on_share(self, embedding: nn.Module) -> Callable[..., Tensor]:
+        """Its forward pass, in which the head group is the TP group that stock cuts a sequence over."""
+        forward = embedding.forward
+
+        def on_share(*args: Any, **kwargs: Any) -> Tensor:
+            kept, embedding.tp_group = embedding.tp_group, self._block.groups.head
+            try:
+                with self._dropout():
+                    return forward(*args, **kwargs)
+            finally:
+                embedding.tp_group = kept
+
+        return on_share
+
+    def _dropout(self) -> AbstractContextManager[Any]:
+        """Tokens of other ranks of the dim axis must not meet the same masks."""
+        if not self._config.hidden_dropout or self._config.sequence_parallel:
+            return nullcontext()
+        ensure_rng(DIM_PARALLEL_RNG, self._block.groups.head)
+        return get_cuda_rng_tracker().fork(DIM_PARALLEL_RNG)
+
+
+class GatheringEmbedding:
+    """A vocabulary-parallel embedding that runs, as stock's at TP = m, on the weight of its head group."""
+
+    def gather_with(self, groups: HeadDimGroups, shard: Shard, layer: LayerWeights) -> None:
+        """Where its weight comes from."""
+        self._groups, self._shard, self._layer = groups, shard, layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        groups = self._groups
+        whole = self._layer.whole(self._shard)  # [V/m, D]
+        start = groups.head.rank() * whole.shape[0]
+        shadows = {
+            "weight": whole,
+            "tp_group": groups.head,
+            "vocab_start_index": start,
+            "vocab_end_index": start + whole.shape[0],
+        }
+        kept = {name: vars(self)[name] for name in shadows if name in vars(self)}
+        # An entry of its own hides the parameter of this name.
+        vars(self).update(shadows)
+        try:
+            return super().forward(ids)
+        finally:
+            for name in shadows:
+                del vars(self)[name]
+            vars(self).update(kept)
+
+
+class _Output:
+    """Takes the rank's own hidden states through the last norm and the output layer to losses of all tokens."""
+
+    def __init__(self, model: GPTModel, block: Block) -> None:
+        self._model, self._block = model, block
+        stock = model.compute_language_model_loss
+        layer = model.output_layer
+        holder = layer if layer.weight is not None else model.embedding.word_embeddings
+        GatheringColumnLinear.adopt(layer, block.groups, holder)
+        layer.gather_with(block.chain.add([layer], list(layer.shards.values()), recomputed=False))
+        stock_sums = model.config.sequence_parallel
+        norm = model.decoder.final_layernorm
+        for parameter in [] if norm is None else norm.parameters():
+            if not (stock_sums and getattr(parameter, "sequence_parallel", False)):
+                mark_partial(parameter)
+        self._signature = inspect.signature(model.forward)
+        model.register_forward_hook(self._logits, with_kwargs=True)
+        model.compute_language_model_loss = lambda labels, logits: self._loss(stock, labels, logits)
+
+    def _loss(self, stock: Callable[[Tensor, Tensor], Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+        """[b, s] losses of all tokens, from labels [b, s] and this rank's logits [s, b/n, V/m] or [s/n, b, V/m]."""
+        model, head = self._model, self._block.groups.head
+        own = _own(self._block, labels)
+        if model.config.cross_entropy_loss_fusion:
+            kept, model.pg_collection = model.pg_collection, copy.copy(model.pg_collection)
+            model.pg_collection.tp = head
+            try:
+                losses = stock(own, logits).transpose(0, 1)
+            finally:
+                model.pg_collection = kept
+        else:
+            losses = vocabulary_cross_entropy(logits, own.transpose(0, 1).contiguous(), head)
+        return self._all_tokens(losses).transpose(0, 1).contiguous()
+
+    def _all_tokens(self, own: Tensor) -> Tensor:
+        """What a head group holds alike, of all tokens."""
+        return replace(self._block.share, sequence_parallel=False).whole(own)
+
+    def _logits(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Where there are no labels: stock's logits [b, s, V/P] of all tokens, from this rank's."""
+        if self._signature.bind(*args, **kwargs).arguments.get("labels") is not None:
+            return output
+        own, n = output.transpose(0, 1), self._block.groups.grid.n
+        if own.shape[-1] == self._model.vocab_size:
+            return self._all_tokens(own.contiguous()).transpose(0, 1).contiguous()
+        # [s, b/n, n · V/P] -> [n, s, b/n, V/P]: to every rank of the dim group its part of the vocabulary
+        parts = own.unflatten(2, (n, -1)).movedim(2, 0).contiguous()
+        return self._block.share.join(all_to_all(self._block.groups.dim, parts)).transpose(0, 1).contiguous()
+
+
+def _own(block: Block, by_sample: Tensor) -> Tensor:
+    """[b, s] -> this rank's samples or tokens."""
+    return block.share.cut(by_sample.transpose(0, 1)).transpose(0, 1).contiguous()

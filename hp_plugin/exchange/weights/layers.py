@@ -1,0 +1,249 @@
+"""Stock linears that gather their weights, and stock transformer layers that work on this rank's share of the tokens.
+
+Mixed into whatever classes the stock spec names. Parameters stay stock's shards of TP = P; only while a forward pass
+runs does stock believe that it has TP = m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor, nn
+
+from hp_plugin.exchange.dropout_rng import DIM_PARALLEL_RNG, ensure_rng
+from hp_plugin.exchange.replicas import mark_partial
+from hp_plugin.exchange.weights.gathering import Chain, LayerWeights
+from hp_plugin.exchange.weights.shards import Shard
+from hp_plugin.exchange.weights.share import Share, share_of
+from hp_plugin.grid.groups import HeadDimGroups
+
+
+class GatheringLinear:
+    """A column- or row-parallel linear that runs on the weight of its head group, gathered from the dim group.
+
+    Args:
+        runs: the pieces in which the sharded axis interleaves with the peers' (see `Shard`).
+
+    Raises:
+        ValueError: the stock linear is none of Megatron-Core's own.
+    """
+
+    shard_axis: int
+    sharded: tuple[str, ...]
+
+    def __init__(self, *args: Any, runs: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(self, "_forward_impl"):
+            raise ValueError(
+                "exchange `weights` gathers for Megatron-Core's own linears only, not for those of "
+                f"{type(self).__mro__[-2].__module__}: give --transformer-impl local, or another --head-dim-exchange"
+            )
+        self._runs = runs
+        self._layer: LayerWeights | None = None
+
+    @classmethod
+    def adopt(cls, linear: nn.Module, groups: HeadDimGroups, holder: nn.Module) -> None:
+        """Makes a linear that is there already one of these, with the weight of `holder`, which may be the linear."""
+        linear.__class__ = mixed(cls, type(linear))
+        linear._groups, linear.shards = groups, {"weight": Shard(holder, "weight", cls.shard_axis, 1, groups.grid.n)}
+
+    def cut(self, groups: HeadDimGroups) -> Iterator[Shard]:
+        """Its parameters as shards over a dim group."""
+        names = [name for name in self.sharded if getattr(self, name) is not None]
+        self._groups = groups
+        self.shards = {name: Shard(self, name, self.shard_axis, self._runs, groups.grid.n) for name in names}
+        yield from self.shards.values()
+
+    def gather_with(self, layer: LayerWeights) -> None:
+        """Joins the other linears of a layer, in one gather."""
+        self._layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self._layer is None:
+            raise RuntimeError("exchange `weights` gathers for whole layers: build the model from head_dim_spec")
+        with self._on_head_group():
+            output, bias = super().forward(*args, **kwargs)
+            if bias is not None and "bias" in self.shards:
+                bias = self._layer.whole(self.shards["bias"])
+        return output, bias
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None, **kwargs: Any) -> Tensor:
+        shard = self.shards["weight"]
+        whole = self._layer.whole(shard)
+        if bias is not None:
+            bias = self._layer.whole(self.shards["bias"])
+        with self._layer.forgotten(whole, shard):
+            return super()._forward_impl(*args, input=input, weight=whole, bias=bias, **kwargs)
+
+    @contextmanager
+    def _on_head_group(self) -> Iterator[None]:
+        """What stock's forward pass reads, as it would be at TP = m."""
+        m = self._groups.grid.m
+        changed: dict[str, Any] = {
+            "tp_group": self._groups.head,
+            "sequence_parallel": self.sequence_parallel and m > 1,
+            # A fused kernel would add to the gradient of the gathered weight, which nobody keeps.
+            "gradient_accumulation_fusion": False,
+        }
+        if hasattr(self, "allreduce_dgrad"):
+            changed["allreduce_dgrad"] = self.allreduce_dgrad and m > 1
+        kept = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+
+
+class GatheringColumnLinear(GatheringLinear):
+    """Column-parallel: rows of the weight, and of the bias, are sharded."""
+
+    shard_axis = 0
+    sharded = ("weight", "bias")
+
+
+class GatheringRowLinear(GatheringLinear):
+    """Row-parallel: columns of the weight are sharded, every rank holds all of the bias."""
+
+    shard_axis = 1
+    sharded = ("weight",)
+
+
+class OnWholeTokens:
+    """A module inside a layer that works on what stock's ranks hold, not on a share of it."""
+
+    def work_in(self, block: Block) -> None:
+        """The block whose share comes in and goes out."""
+        self._block = block
+
+    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        share = self._block.share
+        output, bias = super().forward(share.whole(states), *args, **kwargs)
+        return share.own(output), bias
+
+
+class Block:
+    """What the layers of one block share: the chain of their weights, and the pass's share of the tokens."""
+
+    def __init__(self, groups: HeadDimGroups) -> None:
+        self.groups = groups
+        self.chain = Chain(groups.dim)
+        self.share: Share | None = None
+
+    def begin(self, s: int, b: int, sequence_parallel: bool) -> None:
+        """A micro-batch of b samples of s tokens enters."""
+        self.share = share_of(self.groups, s, b, sequence_parallel)
+        self.chain.begin()
+
+
+class BlockMaker:
+    """Gives the layers that are built from one block spec their common block: a new one for every first layer."""
+
+    def __init__(self) -> None:
+        self._block: Block | None = None
+
+    def block(self, groups: HeadDimGroups, first: bool) -> Block:
+        """The block that is being built."""
+        if first or self._block is None:
+            self._block = Block(groups)
+        return self._block
+
+
+class WeightsTransformerLayer:
+    """A transformer layer between the ends of a block: on this rank's share, `[s, b/n, D]` or `[s/n, b, D]`.
+
+    With sequence parallelism a rank of its head group has an m-th of that sequence. The first layer of a block takes,
+    and the last one returns, what stock's would.
+
+    Args:
+        blocks: common to the layers of one block.
+        first, last: whether this layer is an end of it.
+    """
+
+    def __init__(self, *args: Any, blocks: BlockMaker, first: bool, last: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        groups = HeadDimGroups.from_collection(kwargs.get("pg_collection"))
+        self.block = blocks.block(groups, first)
+        self.first, self.last = first, last
+        linears = [module for module in self.modules() if isinstance(module, GatheringLinear)]
+        shards = [shard for linear in linears for shard in linear.cut(groups)]
+        recompute = self.config.recompute_granularity
+        self._weights = self.block.chain.add(
+            list(self.modules()),
+            shards,
+            recomputed=recompute == "full" or (recompute == "selective" and "mlp" in self.config.recompute_modules),
+        )
+        for linear in linears:
+            linear.gather_with(self._weights)
+        if isinstance(self.mlp, OnWholeTokens):
+            self.mlp.work_in(self.block)
+        elif not (self._gathers(self.mlp) or isinstance(self.mlp, (MoELayer, IdentityOp))):
+            raise ValueError(
+                f"exchange `weights` does not know what {type(self.mlp).__name__} makes of a share of the tokens: "
+                "build the whole layer spec first, and pass it through head_dim_spec last"
+            )
+        self._mark_partial_gradients({id(shard.parameter) for shard in shards})
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        block = self.block
+        if self.first:
+            ranks = block.groups.grid.size if self.config.sequence_parallel else 1
+            block.begin(ranks * hidden_states.shape[0], hidden_states.shape[1], self.config.sequence_parallel)
+            hidden_states = block.share.own(hidden_states)
+        share = block.share
+        if hidden_states.shape[:2] != share.shape:
+            # A block has one share at a time, that of the latest micro-batch.
+            raise RuntimeError(
+                f"hidden states of {tuple(hidden_states.shape[:2])} are no share of {share.b} samples of {share.s} "
+                "tokens: with recompute, all micro-batches of exchange `weights` must have one shape"
+            )
+        self.self_attention.micro_batch = (share.s, share.b)
+        if padding_mask is not None:
+            kwargs["padding_mask"] = share.own_padding(padding_mask)
+        self._weights.begin()
+        with self._hidden_dropout():
+            output, context = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return block.share.whole(output) if self.last else output, context
+
+    def _hidden_dropout(self) -> AbstractContextManager[Any]:
+        """The random numbers of hidden states: alike in a head group, of their own on ranks with other tokens."""
+        # With sequence parallelism all P ranks have tokens of their own, and the block has seen to it.
+        if not self.training or not self.hidden_dropout or self.config.sequence_parallel:
+            return nullcontext()
+        ensure_rng(DIM_PARALLEL_RNG, self.block.groups.head)
+        return get_cuda_rng_tracker().fork(DIM_PARALLEL_RNG)
+
+    def _mark_partial_gradients(self, sharded: set[int]) -> None:
+        """Marks what all ranks hold whole and stock does not sum over all P of them by itself."""
+        stock_sums = self.config.sequence_parallel
+        for name, parameter in self.named_parameters():
+            if id(parameter) in sharded or (stock_sums and getattr(parameter, "sequence_parallel", False)):
+                continue
+            if self.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name):
+                continue
+            if name.startswith("mlp.") and not self._gathers(self.mlp):
+                continue
+            mark_partial(parameter)
+
+    @staticmethod
+    def _gathers(module: nn.Module) -> bool:
+        return any(isinstance(part, GatheringLinear) for part in module.modules())
+
+
+@cache
+def mixed(mixin: type, base: type) -> type:
+    """The class that is both."""
+    return type(f"{mixin.__name__}Of{base.__name__}", (mixin, base), {"__doc__": mixin.__doc__, "__module__": __name__})

@@ -1,0 +1,84 @@
+"""What `weights` needs, moves and keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
+from hp_plugin.refusal import Refusal
+
+
+def embedding_moves_less(vocabulary: int, tokens: int, m: int, size: int, sequence_parallel: bool) -> bool:
+    """Whether it is less to gather the embedding's weight over the dim axis than to spread its tokens, in training.
+
+    With V/m rows there and their gradient back, and hidden states of t/n tokens all-reduced by m ranks, in place of
+    all-reducing those of t tokens by P and gathering their gradient over the dim axis; per (n-1)/n · D that is 2V/m
+    against 3t. With sequence parallelism stock scatters in place of all-reducing, and tokens go to their shares from
+    there: 2V/m against 2t + 2t/P.
+    """
+    return vocabulary < m * tokens * ((1 + 1 / size) if sequence_parallel else 1.5)
+
+
+def output_moves_less(vocabulary: int, tokens: int, m: int, size: int, sequence_parallel: bool) -> bool:
+    """The same for the output layer, whose weight is gathered twice: 3V/m against 3t, or against 3t + 2t/P."""
+    return vocabulary < m * tokens * ((1 + 2 / (3 * size)) if sequence_parallel else 1)
+
+
+class WeightsRule(ExchangeRule):
+    """Gather the weights of a dim group before they are used; every rank runs a share of the micro-batch at TP = m.
+
+    The share is b/n samples where n divides b, else s/n tokens of each, an early and a late chunk.
+    """
+
+    name = "weights"
+    moves = "all-gather of weights, reduce-scatter of their gradients; tokens at the ends of a block of layers"
+    moves_weights = True
+    caches = False
+
+    def cannot(self, config: Any) -> tuple[str, ...]:
+        balancing = getattr(config, "moe_router_load_balancing_type", None)
+        kinds = balancing if isinstance(balancing, list) else [balancing]
+        graphs = getattr(config, "cuda_graph_impl", "none") != "none" or getattr(config, "enable_cuda_graph", False)
+        inference = getattr(config, "transformer_impl", None) == "inference_optimized"
+        wanted = (
+            (config.context_parallel_size > 1, f"do context parallelism ({config.context_parallel_size})"),
+            (inference, "use --transformer-impl inference_optimized"),
+            (bool(getattr(config, "fp8", None) or getattr(config, "fp4", None)), "do fp8 or fp4"),
+            # Stock would cut them over the TP group, whose ranks have different ones.
+            (getattr(config, "distribute_saved_activations", False), "do --distribute-saved-activations"),
+            # Layers are captured one by one, and each gathers for the next.
+            (graphs, "be captured in CUDA graphs"),
+            # Both take layers apart and run their parts by themselves.
+            (getattr(config, "overlap_moe_expert_parallel_comm", False), "do --overlap-moe-expert-parallel-comm"),
+            (getattr(config, "delay_wgrad_compute", False), "do --delay-wgrad-compute"),
+            (getattr(config, "defer_embedding_wgrad_compute", False), "do --defer-embedding-wgrad-compute"),
+            # Stock adds up a sequence's tokens over the TP group, whose ranks have those of different ones.
+            ("seq_aux_loss" in kinds, "balance experts by seq_aux_loss"),
+        )
+        return tuple(what for asked, what in wanted if asked)
+
+    def missing(self, shape: AttentionShape) -> str | None:
+        if shape.b % shape.n and shape.s % (2 * shape.n):
+            return (
+                "needs a micro-batch size divisible by n, or a sequence length divisible by 2n (an early and a late "
+                f"chunk for each of the n ranks): {shape.b} % {shape.n} = {shape.b % shape.n}, "
+                f"{shape.s} % {2 * shape.n} = {shape.s % (2 * shape.n)}"
+            )
+        return None
+
+    def refusal(self, shape: AttentionShape) -> Refusal | None:
+        if shape.stock_core_alone and shape.b % shape.n:
+            said = f"`{self.name}` spreads the tokens of {shape.b} samples over n = {shape.n} ranks and"
+            return Refusal("feature", f"{said} cannot {' or '.join(shape.stock_core_alone)} then")
+        return super().refusal(shape)
+
+    def inner(self, shape: AttentionShape) -> Inner:
+        if shape.b % shape.n == 0:
+            return Inner(shape.b // shape.n, shape.s, shape.d)
+        return Inner(shape.b, shape.s // shape.n, shape.d)
+
+    def elements(self, shape: AttentionShape) -> int:
+        """What attention itself moves: keys and values, where the tokens of a sample are spread."""
+        if shape.b % shape.n == 0:
+            return 0
+        return (shape.n - 1) * 2 * (shape.g // shape.m) * shape.slice_size
