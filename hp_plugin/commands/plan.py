@@ -20,7 +20,7 @@ from hp_plugin.planner.machine.gemm import GemmTable
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware, shipped
 from hp_plugin.planner.machine.nccl_tests import read_nccl_log
 from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
-from hp_plugin.planner.reports.advice import advice, relief_lines
+from hp_plugin.planner.reports.advice import launch_advice, relief_lines
 from hp_plugin.planner.reports.chrome_trace import write_trace
 from hp_plugin.planner.reports.figure import draw_curves, draw_timeline, require_matplotlib
 from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report, refused_report
@@ -164,10 +164,10 @@ def _advised(args: argparse.Namespace, hardware: Hardware, search: Search, capac
     except ValueError as error:
         if mine is None:
             raise
-        return advice(launch, mine, None, hardware, capacity, str(error))
+        return launch_advice(launch, mine, None, hardware, capacity, str(error))
     if mine is None:
         return [f"does not run: {refusal}", *launch.notes, "", *plan_report(plan, args.top, launch.dtype)]
-    return advice(launch, mine, plan, hardware, capacity)
+    return launch_advice(launch, mine, plan, hardware, capacity)
 
 
 def _explained(

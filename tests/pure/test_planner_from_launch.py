@@ -9,11 +9,11 @@ import pytest
 
 from hp_plugin.commands import plan as plan_cli
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.planner.inputs.bash import shell_words
 from hp_plugin.planner.inputs.launch_script import launch_words
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.megatron_launch import read_launch
 from hp_plugin.planner.inputs.model_shape import load_model
-from hp_plugin.planner.inputs.shell_words import shell_words
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.search.relief import reliefs

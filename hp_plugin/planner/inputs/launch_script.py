@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hp_plugin.planner.inputs.shell_words import matching_bracket, shell_words
+from hp_plugin.planner.inputs.bash import matching_bracket, shell_words
 
 _ASSIGNMENT = re.compile(
     r"(?:export\s+|local\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL

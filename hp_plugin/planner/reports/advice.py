@@ -15,7 +15,7 @@ TIE = 1.10
 """Ratios below this are within the planner's error (docs/planner.md, "Against published runs")."""
 
 
-def advice(
+def launch_advice(
     launch: Launch,
     mine: Prediction,
     plan: Plan | None,
