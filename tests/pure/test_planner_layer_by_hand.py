@@ -114,6 +114,29 @@ def test_norms_in_kernels_of_their_own_move_twice_as_much() -> None:
     assert listed(layer_passes(share("tp=1,fused=off"), moe=False).backward)[-1] == ("norm", 2 * 3 * 256)
 
 
+def test_norms_behind_attention_and_mlp() -> None:
+    """As Gemma has them: one norm more before each residual, and its gradient behind the residual's."""
+    passes = layer_passes(share("tp=1", norms=4), moe=False)
+    forward, backward = listed(passes.forward), listed(passes.backward)
+    assert [at for at, one in enumerate(forward) if one == ("norm", 512)] == [0, 5, 7, 11]
+    assert [forward[at][0] for at in (4, 6, 10, 12)] == ["proj", "residual", "fc2", "residual"]
+    assert [at for at, one in enumerate(backward) if one == ("norm", 768)] == [1, 7, 9, 16]
+    assert [backward[at][0] for at in (0, 2, 8, 10)] == [
+        "residual",
+        "fc2 input gradient",
+        "residual",
+        "proj input gradient",
+    ]
+
+
+def test_a_quarter_of_the_channels_is_rotated() -> None:
+    whole, quarter = (
+        dict(listed(layer_passes(share("tp=1", **changes), moe=False).forward)[2:3])
+        for changes in ({}, {"rotary_percent": 0.25})
+    )
+    assert whole == {"rotary embedding": 1536} and quarter == {"rotary embedding": 384}
+
+
 def test_fully_sharded_layers_flatten_their_gradients() -> None:
     """800 parameters (attention 384, MLP 384, norms 32): joined 2 + 2, cast 2 + 4, divided 4 + 4 bytes."""
     passes = layer_passes(share("dp=4,zero=full"), moe=False)
