@@ -15,7 +15,7 @@ import pytest
 from megatron.core.datasets import helpers_cpp
 
 ROOT = Path(__file__).parents[2]
-PYTHON_OF = {"core_v0.19.0": (3, 12)}
+PYTHON_OF = {"core_v0.18.2": (3, 12), "core_v0.19.0": (3, 12)}
 LINE = re.compile(r"iteration +(\d+)/.*lm loss: (\S+)")
 
 needs_clone = pytest.mark.skipif(
@@ -82,7 +82,7 @@ def run(tree: Path, ranks: int, flags: str, launcher: bool = True) -> tuple[int,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1500,  # many ranks share what may be two cores
     )
     return done.returncode, done.stdout
 
