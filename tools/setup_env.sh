@@ -51,8 +51,13 @@ fi
 if [[ -z $base ]]; then
     tried=''
     names=(python3 python3.13 python3.12 python3.11 python3.10)
-    # pyenv's python3.12 is on PATH, but does not run, where another Python is its default.
-    [[ -z $core ]] || names=(python3.{12,13,11,10} "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{12,13,11,10}.*/bin/python3)
+    if [[ -n $core ]]; then
+        names=()
+        # pyenv's python3.12 is on PATH, but does not run, where another Python is its default.
+        for minor in 12 13 11 10; do
+            names+=("python3.$minor" "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".*/bin/python3)
+        done
+    fi
     for name in "${names[@]}"; do
         found=$(command -v "$name") || continue
         if new_enough "$found"; then base=$found; break; fi

@@ -31,10 +31,9 @@ class _Unfit:
     asked: Callable[[Any], bool] = bool
     slices_alone: bool = True
     """With n = 1 every rank holds whole heads, as stock's do, and the flag means what it meant."""
-    flag: str = ""
 
     def said(self, value: Any, whole_heads: str) -> str:
-        flag = self.flag or f"--{self.attribute.replace('_', '-')}"
+        flag = f"--{self.attribute.replace('_', '-')}"
         shown = flag if value is True else f"{flag} {value}"
         return f"{shown} {self.why}" + (f": {whole_heads}" if self.slices_alone else "")
 

@@ -22,9 +22,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.model_check import check_attention
+from hp_plugin.attention.registration import initialize_on_grid
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.attention.specs import head_dim_spec
+from hp_plugin.attention.transformer_config import unsupported
 from hp_plugin.checkpoint import checks
+from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.moe.layer import DeepSpeedMoELayer
 from hp_plugin.deepspeed_adapter.moe.megatron_lm import use_deepspeed_moe
 from hp_plugin.deepspeed_adapter.moe.model_check import check_mixtures
@@ -248,3 +251,20 @@ def test_the_installed_release_is_asked_by_feature() -> None:
     assert checkpoint_format.reads_sharded_common_state() == hasattr(serialization, "_legacy_common_state_exists")
     taken = dist_checkpointing.save.__code__.co_varnames
     assert set(checkpoint_format.own_queue()) <= set(taken)
+
+
+def said_of_gtp() -> str:
+    def initialize_model_parallel(tensor_model_parallel_size: int = 1, gtp_remat_size: int = 1) -> None:
+        raise AssertionError("no group may be made")
+
+    with pytest.raises(ValueError) as refusal:
+        initialize_on_grid(initialize_model_parallel, "1,1", gtp_remat_size=2)
+    return str(refusal.value)
+
+
+def test_gtp_is_refused_on_a_grid_before_groups_are_made(ranks: Ranks) -> None:
+    assert ranks.run(1, said_of_gtp) == ["gtp_remat_size 2: GTP shards weights across the grid's pieces; leave it out"]
+    config = SimpleNamespace(expert_gtp_weight_remat_size=2, num_attention_heads=4, num_query_groups=4)
+    (said,) = unsupported(config, HeadDimConfig(4, 1))
+    assert "expert_gtp_weight_remat_size 2: GTP" in said.text
+    assert unsupported(SimpleNamespace(gtp_weight_remat_size=1), HeadDimConfig(4, 1)) == []

@@ -90,12 +90,12 @@ def test_a_cpu_backend_that_does_not_fit_is_reported() -> None:
 @pytest.mark.parametrize(
     ("version", "note", "trains"),
     [
-        ("0.14.0", "0.14.0 is too old, >=0.15,<0.18 is needed", False),
+        ("0.14.0", "0.14.0 is too old, >=0.15,<0.20 is needed", False),
         ("0.15.0", None, True),
         ("0.15.0rc4", None, True),
-        ("0.17.2", None, True),
-        ("0.18", "0.18 is newer than what is known to work, >=0.15,<0.18", True),
-        ("1.0.0", "1.0.0 is newer than what is known to work, >=0.15,<0.18", True),
+        ("0.19.9", None, True),
+        ("0.20", "0.20 is newer than what is known to work, >=0.15,<0.20", True),
+        ("1.0.0", "1.0.0 is newer than what is known to work, >=0.15,<0.20", True),
     ],
 )
 def test_megatron_core_is_held_against_the_known_range(version: str, note: str | None, trains: bool) -> None:

@@ -127,6 +127,31 @@ def test_the_set_up_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert "--python no-such-python is not a program" in done.stderr
 
 
+def test_another_megatron_core_gets_an_environment_that_all_checkouts_share(tmp_path: Path) -> None:
+    offline = {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+    }
+    words = ["bash", "tools/setup_env.sh", "--megatron-core", "0.0.1", "--python", sys.executable]
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | offline | {"XDG_CACHE_HOME": str(tmp_path)},
+        timeout=120,
+    )
+    # Nothing can be installed here; what would be, and where, is said before.
+    assert done.returncode == 2 and "Run the same command again" in done.stderr
+    home = tmp_path / "hp-plugin" / "megatron-core-0.0.1-python{}.{}".format(*sys.version_info[:2])
+    pins = (home / "pins.txt").read_text("utf-8").splitlines()
+    assert [pin for pin in pins if pin.startswith("megatron-core")] == ["megatron-core==0.0.1"]
+    others = [pin for pin in pins if not pin.startswith(("megatron-core", "#"))]
+    assert others == [line for line in PINS_FILE.read_text("utf-8").splitlines() if not line.startswith(("mega", "#"))]
+
+
 def test_the_set_up_refuses_an_old_python(tmp_path: Path) -> None:
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1"\nexit 1\n', "utf-8")
