@@ -54,6 +54,72 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """The layers that one micro-batch passes in a row, those of a (virtual) pipeline stage, around this attention.
+
+    Args:
+        attention: each layer's, of the whole micro-batch.
+        D: hidden size.
+        width: of a dense layer's MLP. gated: three matrices in place of two.
+        dense, moe: layers with an MLP and with a mixture of experts, which lies still whatever else moves.
+        whole_tokens: whether mixtures take what stock's ranks hold, as DeepSpeed's do, instead of a share of it.
+        sequence_parallel: Megatron's.
+        qkv_bias, mlp_bias: whether the column-parallel linears have biases.
+        recompute: whether backward repeats whole forward passes.
+    """
+
+    attention: AttentionShape
+    D: int
+    width: int
+    dense: int
+    moe: int = 0
+    gated: bool = False
+    whole_tokens: bool = False
+    sequence_parallel: bool = False
+    qkv_bias: bool = False
+    mlp_bias: bool = False
+    recompute: bool = False
+
+    @property
+    def layers(self) -> int:
+        """Of both kinds."""
+        return self.dense + self.moe
+
+    @property
+    def hidden(self) -> int:
+        """Elements of the micro-batch's hidden states, s · b · D."""
+        return self.attention.s * self.attention.b * self.D
+
+    @property
+    def weights(self) -> int:
+        """Elements of all weights of the layers' linears, W of a layer: experts are none of them."""
+        shape = self.attention
+        queries = shape.h * (2 if shape.gate else 1)
+        attention = (queries + 2 * shape.g + shape.h) * shape.d
+        return self.D * (self.layers * attention + self.dense * (3 if self.gated else 2) * self.width)
+
+    @property
+    def biases(self) -> int:
+        """Elements of the biases of column-parallel linears, which are sharded as their weights are."""
+        shape = self.attention
+        rows = (shape.h * (2 if shape.gate else 1) + 2 * shape.g) * shape.d
+        inner = (2 if self.gated else 1) * self.width
+        return self.layers * rows * self.qkv_bias + self.dense * inner * self.mlp_bias
+
+    def sums(self, training: bool) -> int:
+        """How often the layers send one micro-batch's hidden states around their tensor-parallel ranks, one way.
+
+        Every pair of linears gathers or sums once before and once behind it, an all-reduce being both; backward does
+        the same, and gathers once more under sequence parallelism (`megatron.core.tensor_parallel.layers`).
+        """
+        pairs = 2 * self.dense + self.moe
+        forward = 2 * pairs
+        if not training:
+            return forward
+        return forward + (3 if self.sequence_parallel else 2) * pairs + (forward if self.recompute else 0)
+
+
+@dataclass(frozen=True)
 class Inner:
     """What one rank's inner attention works on: whole or sliced heads, `channels` wide, of `samples` samples with
     `queries` rows each."""
@@ -111,6 +177,15 @@ class ExchangeRule:
         """Elements traded after attention: its output."""
         return 0
 
+    def gathered(self, shape: AttentionShape) -> int:
+        """Elements of keys and values that are gathered from the dim group for attention, this rank's among them."""
+        return 0
+
+    def leaving(self, shape: AttentionShape) -> float:
+        """Where weights move under sequence parallelism: the part of a mean rank's tokens that goes to others at an end
+        of a block of layers."""
+        return 0.0
+
     def rotary_halves(self, shape: AttentionShape) -> int:
         """Elements received of rotary pairs that the slices cut apart: the partners of a rank's own channels."""
         return 0
@@ -142,6 +217,25 @@ class ExchangeRule:
     def bytes(self, shape: AttentionShape, itemsize: int) -> int:
         """Bytes one rank receives in one layer's forward pass; `itemsize` in bytes."""
         return self.elements(shape) * itemsize
+
+    def bytes_backward(self, shape: AttentionShape, itemsize: int) -> int:
+        """The same for the backward pass."""
+        return self.elements_backward(shape) * itemsize
+
+    def pass_bytes(self, block: BlockShape, itemsize: int, training: bool) -> float:
+        """Bytes one rank sends while one micro-batch passes a block, forward and, in training, backward.
+
+        Around attention, around the linears and at the ends of the block. What no exchange changes is left out: what
+        mixtures send, embedding and output, messages between stages, and what is sent once in a step.
+        """
+        size = block.attention.m * block.attention.n
+        linears = block.sums(training) * (size - 1) / size * block.hidden * itemsize
+        return linears + self._attention_bytes(block, itemsize, training)
+
+    def _attention_bytes(self, block: BlockShape, itemsize: int, training: bool) -> float:
+        shape = block.attention
+        sent = self.bytes(shape, itemsize) * (2 if training and block.recompute else 1)
+        return block.layers * (sent + (self.bytes_backward(shape, itemsize) if training else 0))
 
 
 class StockRule(ExchangeRule):

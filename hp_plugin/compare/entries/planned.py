@@ -53,6 +53,7 @@ def group_sizes(entrant: Entrant) -> dict[str, int]:
     # Activations go from stage to stage, and tied embeddings' gradients between the first and the last: always two.
     return {
         "tp": layout.tp,
+        "head": layout.m,
         "dim": layout.n,
         "pp": 2,
         "ends": 2,

@@ -69,8 +69,14 @@ class ScoresRule(ExchangeRule):
         return self.rotary_halves(shape) + self._reduced(shape, summed)
 
     def bytes(self, shape: AttentionShape, itemsize: int) -> int:
+        return self._in_bytes(shape, self.elements(shape), itemsize)
+
+    def bytes_backward(self, shape: AttentionShape, itemsize: int) -> int:
+        return self._in_bytes(shape, self.elements_backward(shape), itemsize)
+
+    def _in_bytes(self, shape: AttentionShape, elements: int, itemsize: int) -> int:
         statistics = self._reduced(shape, self._statistics(shape))
-        return (self.elements(shape) - statistics) * itemsize + statistics * 4  # statistics travel in fp32
+        return (elements - statistics) * itemsize + statistics * 4  # statistics travel in fp32
 
     def elements_backward(self, shape: AttentionShape, block: int = SCORES_BLOCK) -> int:
         # Probabilities are not kept (at most one block of scores exists at a time), so backward reduces

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import AttentionShape, BlockShape, ExchangeRule, Inner
 from hp_plugin.refusal import Refusal
 
 
@@ -33,6 +33,7 @@ class WeightsRule(ExchangeRule):
     name = "weights"
     moves = "all-gather of weights, reduce-scatter of their gradients; tokens at the ends of a block of layers"
     moves_weights = True
+    head_axis = True
     caches = False
 
     def cannot(self, config: Any) -> tuple[str, ...]:
@@ -77,8 +78,50 @@ class WeightsRule(ExchangeRule):
             return Inner(shape.b // shape.n, shape.s, shape.d)
         return Inner(shape.b, shape.s // shape.n, shape.d)
 
+    def gathered(self, shape: AttentionShape) -> int:
+        return 0 if shape.b % shape.n == 0 else shape.n * shape.key_value_slots * shape.slice_size
+
+    def kept(self, shape: AttentionShape) -> int:
+        # Other ranks' keys and values.
+        return (shape.n - 1) * self.gathered(shape) // shape.n
+
     def elements(self, shape: AttentionShape) -> int:
         """What attention itself moves: keys and values, where the tokens of a sample are spread."""
-        if shape.b % shape.n == 0:
-            return 0
-        return (shape.n - 1) * 2 * (shape.g // shape.m) * shape.slice_size
+        return (shape.n - 1) * self.gathered(shape) // shape.n
+
+    def leaving(self, shape: AttentionShape) -> float:
+        """The part of stock's P-th of a sequence that a mean rank sends away at an end of a block.
+
+        Of b/n samples (n-1)/n; of tokens what lies outside of the rank's own m-th of an early and a late chunk. In the
+        order dim-innermost.
+        """
+        s, m, n = shape.s, shape.m, shape.n
+        if shape.b % n == 0:
+            return (n - 1) / n
+        part, chunk, kept = s // (m * n), s // (2 * n), 0
+        for i in range(m):
+            for j in range(n):
+                first = (i * n + j) * part
+                for place, number in enumerate((j, 2 * n - 1 - j)):
+                    start, stop = max(i * part, place * chunk), min((i + 1) * part, (place + 1) * chunk)
+                    shift = (number - place) * chunk
+                    kept += max(0, min(first + part, stop + shift) - max(first, start + shift)) if start < stop else 0
+        return 1 - kept / s
+
+    def pass_bytes(self, block: BlockShape, itemsize: int, training: bool) -> float:
+        """As every rule's: linears run at TP = m on an n-th of the tokens, for which weights come and gradients go."""
+        m, n = block.attention.m, block.attention.n
+        part = (n - 1) / n
+        linears = block.sums(training) * (m - 1) / (m * n) * block.hidden
+        # Weights in forward, again in backward, and their gradients; biases are not needed a second time,
+        # unless forward is repeated; the weight that comes for that stays until its gradient is there.
+        again = 1 if block.recompute else 0
+        gathered = (3 * block.weights + (2 + again) * block.biases) if training else block.weights + block.biases
+        # A block's share of the tokens costs nothing to take and a gather to give back; backward is the reverse. With
+        # sequence parallelism each is an all-to-all of a P-th of them.
+        end = 2 * self.leaving(block.attention) / (m * n) if block.sequence_parallel else part
+        ends = (2 + again if training else 1) * end
+        if block.whole_tokens:
+            ends *= 1 + block.moe
+        moved = linears + part * gathered / m + ends * block.hidden
+        return moved * itemsize + self._attention_bytes(block, itemsize, training)

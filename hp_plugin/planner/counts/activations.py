@@ -15,6 +15,7 @@ def layer_activations(share: Share, moe: bool, recompute: str) -> float:
     Generalizes the count of Korthikanti et al. (arXiv 2205.05198, section 4) to grouped-query attention, fused
     attention, gated MLPs and the grid.
     """
+    share = share.within
     model, between = share.model, share.between_bytes
     # Inputs of both norms and, normed, of the QKV projection and of the MLP. Dropout keeps a byte per element of two.
     masks = 2 * between / share.e if model.dropout else 0.0
@@ -24,7 +25,7 @@ def layer_activations(share: Share, moe: bool, recompute: str) -> float:
 def chunk_activations(share: Share, stage: Stage, recompute: str, kept: Mapping[bool, float]) -> float:
     """Bytes kept from a chunk's forward pass to its backward pass; `kept` by a layer without and with experts."""
     if recompute == "full":
-        total = stage.layers * share.between_bytes
+        total = stage.layers * share.within.between_bytes
     else:
         total = stage.dense * kept[False] + stage.moe * kept.get(True, 0.0)
     if stage.last and share.model.vocab:
@@ -74,7 +75,8 @@ def _logits(share: Share) -> float:
 
 def buffers(share: Share, chunks: Sequence[Stage]) -> float:
     """Buffers of the moment: gradients of one layer's activations, gathered tokens, exchange and score buffers."""
-    model = share.model
+    model, whole = share.model, share
+    share = share.within
     first = model.ffn / share.P * (2 if model.gated else 1) * share.tokens * share.e
     # At a linear, three of [s, b, D]: its input as gathered, the input's gradient, and the residual's gradient beside
     # them. The first linear's output and attention's activations, each with its gradient.
@@ -85,5 +87,5 @@ def buffers(share: Share, chunks: Sequence[Stage]) -> float:
         held += 2 * share.e * float(share.inner.samples * share.inner.queries * share.heads) * share.workload.seq
     if any(stage.last for stage in chunks) and model.vocab:
         # Gradient of the logits, and in fp32.
-        held += _logits(share) * (share.e + 4)
+        held += _logits(whole) * (share.e + 4)
     return held

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hp_plugin.planner.counts.core_attention import core_backward, core_forward
+from hp_plugin.planner.counts.gathering import gathered_keys_values
 from hp_plugin.planner.counts.linear import gathered_columns
 from hp_plugin.planner.counts.program import Block, Collective, Gemm, Kernel, Program, Stream
 from hp_plugin.planner.counts.share import Share
@@ -40,6 +41,8 @@ def exchanged(share: Share) -> Exchanged:
         # The gradient of a rank's own heads is laid into zeros of the gathered size, which then are copied apart.
         split = Stream("split qkv gradient", 3 * gathered)
         before_gradient = (Block((split,), (Collective("scatter qkv gradient", "reduce_scatter", "tp", gathered),)),)
+    keys_values, their_gradient = gathered_keys_values(share)
+    before, before_gradient = (*before, *keys_values), (*their_gradient, *before_gradient)
     core, core_gradient = _core(share)
     return Exchanged(before, core, after, core_gradient, before_gradient)
 

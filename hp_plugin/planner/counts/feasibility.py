@@ -20,8 +20,6 @@ MEMORY = "memory"
 def shape_refusals(share: Share) -> list[Refusal]:
     """Everything that keeps these sizes from fitting together; empty if nothing does."""
     model, layout = share.model, share.layout
-    if layout.grid is not None and layout.grid.moves_weights:
-        return [Refusal("exchange", f"what exchange `{layout.grid.exchange}` moves is not counted yet")]
     found = [*width_refusals(model, layout), *_pipeline(model, layout)]
     found += [*_batch(share), *_features(share), *_experts(share)]
     return found or _exchange(share)
@@ -93,10 +91,13 @@ def _features(share: Share) -> list[Refusal]:
     if workload.mode == "decode" and (layout.sp or layout.cp > 1 or layout.vpp > 1):
         said = "decode has one position per sequence: no sequence or context parallelism, no virtual stages"
         found.append(Refusal("decode", said))
-    if layout.zero == "full" and layout.tp * layout.pp * layout.cp * layout.ep > 1:
-        found.append(Refusal("FSDP", "zero=full (FSDP) is planned for data parallelism alone"))
-    if not workload.training and (layout.recompute != "none" or layout.zero != "optimizer"):
-        found.append(Refusal("training only", "recompute and zero concern training only"))
+    if layout.zero == "full" and (layout.pp * layout.cp * layout.ep > 1 or layout.n > 1):
+        said = "zero=full (FSDP) is planned for data and tensor parallelism alone, on a grid with n=1"
+        found.append(Refusal("FSDP", said))
+    if not workload.training and (layout.recompute != "none" or layout.zero == "replicated"):
+        found.append(Refusal("training only", "recompute and zero concern training only (but for zero=full)"))
+    if workload.mode == "decode" and layout.zero == "full":
+        found.append(Refusal("FSDP in decode", "zero=full (FSDP) would gather all weights for every token"))
     return found
 
 
@@ -154,7 +155,7 @@ def _exchange(share: Share) -> list[Refusal]:
     if share.layout.cp > 1:
         if not share.fused_attention:
             return [_no_fused_kernel(share)]
-        if not rule.stock_core:
+        if not rule.stock_core or rule.moves_weights:
             others = _listed(
                 other.name for other in RULES.values() if other.exact and other.stock_core and not other.moves_weights
             )

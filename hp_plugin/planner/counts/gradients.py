@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hp_plugin.planner.counts.gathering import replicated_parameters
 from hp_plugin.planner.counts.program import Collective
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import RankParameters, Stage, row_biases
@@ -72,6 +73,12 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
             shared += sum(stage.moe for stage in chunks) * model.D * model.experts
     if shared:
         said.append(Collective("sum norm gradients", "all_reduce", "tp", float(shared * share.workload.grad_itemsize)))
+    if share.rule.moves_weights:
+        layers = sum(stage.layers for stage in chunks)
+        biases = sum(row_biases(model, stage) for stage in chunks)
+        size = float(replicated_parameters(share, layers, biases) * share.workload.grad_itemsize)
+        if size:
+            said.append(Collective("sum replicated gradients", "all_reduce", "dim", size))
     if layout.world > 1:
         said.append(Collective("gradient norm", "all_reduce", "world", 8.0))
     return tuple(said)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hp_plugin.planner.counts.exchange import exchanged
+from hp_plugin.planner.counts.gathering import on_whole_tokens, with_weights
 from hp_plugin.planner.counts.linear import column_backward, column_forward, row_backward, row_forward
 from hp_plugin.planner.counts.moe import moe_backward, moe_forward
-from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Program, Stream, beside
+from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Program, Stream
 from hp_plugin.planner.counts.share import Share
 
 
@@ -19,20 +20,32 @@ class Passes:
     backward: Program
 
 
-def layer_passes(share: Share, moe: bool) -> Passes:
-    """A layer with attention and a dense MLP, or experts if `moe`."""
-    attention = attention_forward(share)
-    mlp = moe_forward(share) if moe else mlp_forward(share)
-    forward = attention + mlp
-    backward = (moe_backward(share) if moe else mlp_backward(share)) + attention_backward(share)
+def layer_passes(share: Share, moe: bool, ends: bool = False) -> Passes:
+    """A layer with attention and a dense MLP, or experts if `moe`.
+
+    Args:
+        ends: whether it is the layer of a stage with which is counted what happens once in a stage where weights move.
+    """
+    within = share.within
+    ahead, back = _experts(share) if moe else (mlp_forward(within), mlp_backward(within))
+    forward, backward = attention_forward(within) + ahead, back + attention_backward(within)
     recompute = share.layout.recompute
     if recompute == "full":
         backward = forward + backward
     elif recompute == "selective":
-        backward = _windowed(share, exchanged(share).core) + backward
+        backward = _windowed(within, exchanged(within).core) + backward
+    if share.rule.moves_weights:
+        return Passes(*with_weights(share, moe, ends, forward, backward))
     if share.layout.zero == "full":
         return Passes(*_sharded(share, moe, forward, backward))
     return Passes(forward, backward)
+
+
+def _experts(share: Share) -> tuple[Program, Program]:
+    """Mixtures work on the tokens that they find; DeepSpeed's on those that all of stock's ranks have."""
+    if share.layout.moe == "megatron" or not share.rule.moves_weights:
+        return moe_forward(share.within), moe_backward(share.within)
+    return on_whole_tokens(share, moe_forward(share), moe_backward(share))
 
 
 def attention_forward(share: Share) -> Program:
@@ -149,8 +162,9 @@ dtype (6), divided before the reduction (8) (`torch.distributed.fsdp._runtime_ut
 
 def _sharded(share: Share, moe: bool, forward: Program, backward: Program) -> tuple[Program, Program]:
     """Fully sharded data parallelism: weights are gathered beside each pass, gradients scattered beside backward."""
-    parameters = share.model.layer_parameters(moe)
+    parameters = share.model.layer_parameters(moe) / share.layout.tp
     backward = (*backward, Block((Stream("flat gradients", FSDP_GRADIENT_BYTES * parameters),)))
     gather = Collective("gather weights", "all_gather", "dp", parameters * share.e)
     scatter = Collective("scatter gradients", "reduce_scatter", "dp", parameters * share.workload.grad_itemsize)
-    return beside(forward, (gather,)), beside(backward, (gather, scatter))
+    behind = Block((), (gather,), behind=True)
+    return (*forward, behind), (*backward, behind, Block((), (scatter,), behind=True))

@@ -15,7 +15,7 @@ def column_forward(share: Share, name: str, rows: int) -> Program:
     product = Gemm(name, share.tokens, rows, share.model.D)
     if not share.sp:
         return (Block((product,)),)
-    gather = Collective(f"{name}: gather tokens", "all_gather", "tp", share.hidden_bytes)
+    gather = Collective(f"{name}: gather tokens", "all_gather", share.axis, share.hidden_bytes)
     return _joined(share, product, gather)
 
 
@@ -27,10 +27,10 @@ def column_backward(share: Share, name: str, rows: int) -> Program:
     if share.P == 1:
         return (Block((data, weight)),)
     if not share.sp:
-        reduce = Collective(f"{name}: sum input gradient", "all_reduce", "tp", share.hidden_bytes)
+        reduce = Collective(f"{name}: sum input gradient", "all_reduce", share.axis, share.hidden_bytes)
         return (Block((data,)), Block((weight,), (reduce,), overlap=True))
-    gather = Collective(f"{name}: gather tokens again", "all_gather", "tp", share.hidden_bytes)
-    scatter = Collective(f"{name}: scatter input gradient", "reduce_scatter", "tp", share.hidden_bytes)
+    gather = Collective(f"{name}: gather tokens again", "all_gather", share.axis, share.hidden_bytes)
+    scatter = Collective(f"{name}: scatter input gradient", "reduce_scatter", share.axis, share.hidden_bytes)
     return (Block((data,), (gather,), overlap=True), Block((weight,), (scatter,), overlap=True))
 
 
@@ -41,9 +41,9 @@ def row_forward(share: Share, name: str, columns: int) -> Program:
         return (Block((product,)),)
     if share.sp:
         return _joined(
-            share, product, Collective(f"{name}: scatter tokens", "reduce_scatter", "tp", share.hidden_bytes)
+            share, product, Collective(f"{name}: scatter tokens", "reduce_scatter", share.axis, share.hidden_bytes)
         )
-    return (Block((product,), (Collective(f"{name}: sum", "all_reduce", "tp", share.hidden_bytes),)),)
+    return (Block((product,), (Collective(f"{name}: sum", "all_reduce", share.axis, share.hidden_bytes),)),)
 
 
 def row_backward(share: Share, name: str, columns: int) -> Program:
@@ -52,7 +52,7 @@ def row_backward(share: Share, name: str, columns: int) -> Program:
     weight = Gemm(f"{name} weight gradient", share.model.D, columns, share.tokens, accumulate=True)
     if not share.sp:
         return (Block((data, weight)),)
-    gather = Collective(f"{name}: gather output gradient", "all_gather", "tp", share.hidden_bytes)
+    gather = Collective(f"{name}: gather output gradient", "all_gather", share.axis, share.hidden_bytes)
     return (*_joined(share, data, gather), Block((weight,)))
 
 

@@ -83,6 +83,13 @@ def _lasting(share: Share, chunks: list[Stage], parameters: list[RankParameters]
             layer = model.layer_parameters(any(stage.moe for stage in chunks)) / layout.tp
             weights = 2 * share.e * layer
             gradients = workload.grad_itemsize * ((dense + experts) / replicas + layer)
+    if not workload.training and layout.zero == "full":
+        layer = model.layer_parameters(any(stage.moe for stage in chunks)) / layout.tp
+        weights = share.e * ((dense + experts) / replicas + 2 * layer)
+    if share.rule.moves_weights:
+        # Two layers' linears are whole on a head group at a time, or one and its gradient.
+        block = share.block_shape(1, 0) if any(stage.dense for stage in chunks) else share.block_shape(0, 1)
+        weights += 2 * share.e * (block.weights + block.biases) / layout.m
     if workload.mode == "decode":
         # Keys and values of every position; of the sequences and channels that this rank's attention sees.
         sequences = workload.global_batch / layout.dp * share.inner.samples / share.b

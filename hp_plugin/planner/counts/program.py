@@ -6,7 +6,7 @@ beside them (`overlap`). Predictions, traffic tables and traces all read the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hp_plugin.planner.machine.collectives import wire_factor
@@ -98,6 +98,7 @@ class Block:
 
     Args:
         overlap: collectives run beside the kernels.
+        behind: collectives run beside whatever kernels of the whole program have none beside them; there are none here.
         pieces: overlapped work that depends on itself piece by piece leaves one piece exposed; 0: no dependence.
     """
 
@@ -105,6 +106,7 @@ class Block:
     collectives: tuple[Collective, ...] = ()
     overlap: bool = False
     pieces: int = 0
+    behind: bool = False
 
 
 Program = tuple[Block, ...]
@@ -133,9 +135,3 @@ def received(program: Program, sizes: dict[str, int]) -> dict[str, float]:
     for collective in collectives(program):
         totals[collective.axis] = totals.get(collective.axis, 0.0) + collective.received(sizes[collective.axis])
     return totals
-
-
-def beside(program: Program, extra: Iterable[Collective]) -> Program:
-    """A program without collectives as one block, with `extra` ones running beside it."""
-    assert not list(collectives(program)), "only a program without collectives of its own has room beside it"
-    return (Block(tuple(kernels(program)), tuple(extra), overlap=True),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from hp_plugin.exchange.rule import STOCK, AttentionShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import STOCK, AttentionShape, BlockShape, ExchangeRule, Inner
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, stage_parameters
 from hp_plugin.planner.inputs.layout import Layout
@@ -21,12 +21,15 @@ class Share:
 
     Args:
         fused_heads: the head dimensions that the machine's attention kernel takes; any, where no machine is meant.
+        inside: whether this is what layers work on between the ends of a block, where weights move: the head group's
+            n-th of the tokens. See `within`.
     """
 
     model: ModelShape
     layout: Layout
     workload: Workload
     fused_heads: FusedHeadDims = ANY_HEAD_DIM
+    inside: bool = False
 
     @classmethod
     def on(cls, hardware: Hardware, model: ModelShape, layout: Layout, workload: Workload) -> Share:
@@ -38,14 +41,26 @@ class Share:
         if recompute == self.layout.recompute:
             return self
         other = replace(self, layout=replace(self.layout, recompute=recompute))
-        # Nothing of what is worked out here depends on it.
-        other.__dict__.update({name: value for name, value in self.__dict__.items() if name not in other.__dict__})
+        # Nothing else of what is worked out here depends on it.
+        known = {name: value for name, value in self.__dict__.items() if name not in other.__dict__}
+        known.pop("within", None)
+        other.__dict__.update(known)
         return other
+
+    @cached_property
+    def within(self) -> Share:
+        """What the layers of a block work on: itself, or, where weights move, this rank's share of the tokens."""
+        return replace(self, inside=True) if self.rule.moves_weights else self
 
     @property
     def P(self) -> int:
-        """Tensor-parallel size."""
-        return self.layout.tp
+        """Ranks over which the linears are split: the tensor-parallel size, or, inside, that of the head axis."""
+        return self.layout.m if self.inside else self.layout.tp
+
+    @property
+    def axis(self) -> str:
+        """The group of these ranks."""
+        return "head" if self.inside else "tp"
 
     @property
     def e(self) -> int:
@@ -54,13 +69,13 @@ class Share:
 
     @property
     def b(self) -> int:
-        """Sequences in a micro-batch."""
-        return self.layout.micro_batch
+        """Sequences in a micro-batch; inside, all of them where their tokens are spread."""
+        return self.inner.samples if self.inside else self.layout.micro_batch
 
     @cached_property
     def s(self) -> int:
-        """Positions of each sequence that this rank's context-parallel share computes."""
-        return self.workload.new_tokens_per_sequence // self.layout.cp
+        """Positions of each sequence that this rank's context-parallel share computes; inside, of its share."""
+        return self.inner.queries if self.inside else self.workload.new_tokens_per_sequence // self.layout.cp
 
     @cached_property
     def micro_batches(self) -> int:
@@ -128,8 +143,8 @@ class Share:
         """The layer as the exchange rules see it (on a 1-slice grid of TP heads without a grid)."""
         model = self.model
         return AttentionShape(
-            s=self.s,
-            b=self.b,
+            s=self.workload.new_tokens_per_sequence // self.layout.cp,
+            b=self.layout.micro_batch,
             h=model.h,
             g=model.g,
             d=model.d,
@@ -137,6 +152,23 @@ class Share:
             n=self.layout.n,
             rotary=round(model.d * model.rotary_percent) if model.rotary else 0,
             qk_norm=("LayerNorm" if model.norm_biases else "RMSNorm") if model.qk_norm else None,
+        )
+
+    def block_shape(self, dense: int, moe: int) -> BlockShape:
+        """Layers of a stage as the exchange rules see them."""
+        model = self.model
+        return BlockShape(
+            self.attention_shape,
+            model.D,
+            model.ffn,
+            dense,
+            moe,
+            model.gated,
+            whole_tokens=self.layout.moe == "deepspeed",
+            sequence_parallel=self.layout.sp and self.layout.tp > 1,
+            qkv_bias=model.biases or model.qkv_bias,
+            mlp_bias=model.biases or model.mlp_bias,
+            recompute=self.layout.recompute == "full",
         )
 
     @cached_property

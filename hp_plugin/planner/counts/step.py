@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 
-from hp_plugin.planner.counts.ends import embedding, head
 from hp_plugin.planner.counts.gradients import chunk_sync, end_of_step
-from hp_plugin.planner.counts.layer import Passes, layer_passes
+from hp_plugin.planner.counts.layer import Passes
+from hp_plugin.planner.counts.parts import parts_of, passes_of
 from hp_plugin.planner.counts.program import Collective, collectives
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import Stage
@@ -49,13 +48,8 @@ def sent_bytes(share: Share, sizes: dict[str, int]) -> dict[tuple[str, str], flo
 def _passes(share: Share, stage: Stage) -> Iterable[Collective]:
     """One micro-batch through one virtual stage, forward and, in training, backward."""
     parts: list[Passes] = []
-    for count, part in (
-        (stage.dense, partial(layer_passes, share, False)),
-        (stage.moe, partial(layer_passes, share, True)),
-        (int(stage.first), partial(embedding, share)),
-        (int(stage.last), partial(head, share)),
-    ):
-        parts += [part()] * count if count else []
+    for part, count in parts_of(share, stage).items():
+        parts += [passes_of(share, part)] * count if count else []
     training = share.workload.training
     for passes in parts:
         yield from collectives(passes.forward)

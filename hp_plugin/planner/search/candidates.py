@@ -29,7 +29,7 @@ class Search:
         tensor_parallel: only these TP sizes.
     """
 
-    exchanges: tuple[str, ...] = tuple(name for name, rule in RULES.items() if not rule.moves_weights)
+    exchanges: tuple[str, ...] = tuple(RULES)
     tp_overlap: bool = False
     max_micro_batch: int = 64
     micro_batches: int | None = None

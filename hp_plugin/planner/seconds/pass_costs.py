@@ -6,29 +6,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from hp_plugin.planner.counts.ends import embedding, head
-from hp_plugin.planner.counts.layer import Passes, layer_passes
+from hp_plugin.planner.counts.parts import passes_of
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.placement import Placement
 from hp_plugin.planner.seconds.pricing import Cost, Pricer
 
-PARTS = ("dense", "moe", "first", "last")
-"""A dense layer, a MoE layer, what precedes the first and what follows the last layer."""
-
 
 class PassCosts:
-    """Forward and backward costs of `PARTS` for one micro-batch, each worked out when it is first asked for."""
+    """Forward and backward costs of a stage's parts for one micro-batch, each worked out when it is first asked for."""
 
     def __init__(self, hardware: Hardware, groups: Mapping[str, Placement], share: Share) -> None:
-        self._hardware, self._groups, self._share = hardware, groups, share
+        self._hardware, self._groups, self.share = hardware, groups, share
         self._known: dict[str, tuple[Cost, Cost]] = {}
 
     def of(self, part: str) -> tuple[Cost, Cost]:
-        """Forward and backward cost of one of `PARTS`; not to be changed by the caller."""
+        """Forward and backward cost of a part of `parts_of`; not to be changed by the caller."""
         if part not in self._known:
-            pricer = Pricer(self._hardware, self._groups, self._share.e, self._share.layout.fused)
-            passes = _passes(self._share, part)
+            pricer = Pricer(self._hardware, self._groups, self.share.e, self.share.layout.fused)
+            passes = passes_of(self.share, part)
             self._known[part] = pricer.cost(passes.forward), pricer.cost(passes.backward)
         return self._known[part]
 
@@ -37,7 +33,7 @@ def shared_costs(hardware: Hardware, groups: Mapping[str, Placement], share: Sha
     """The costs that a share has in common with every other whose passes look the same."""
     layout = share.layout
     sharded = layout.zero == "full"
-    axes = ("tp", "dim", "cp", "ep", "dp") if sharded else ("tp", "dim", "cp", "ep")
+    axes = ("tp", "head", "dim", "cp", "ep", *(("dp",) if sharded else ()))
     # Pipeline stages, replicas and the batch beyond the micro-batch do not enter a pass.
     alone = replace(layout, pp=1, vpp=1, dp=layout.dp if sharded else 1)
     workload = replace(share.workload, global_batch=1)
@@ -48,11 +44,3 @@ def shared_costs(hardware: Hardware, groups: Mapping[str, Placement], share: Sha
 @lru_cache(maxsize=65536)
 def _costs(hardware: Hardware, groups: tuple[tuple[str, Placement], ...], share: Share) -> PassCosts:
     return PassCosts(hardware, dict(groups), share)
-
-
-def _passes(share: Share, part: str) -> Passes:
-    if part == "first":
-        return embedding(share)
-    if part == "last":
-        return head(share)
-    return layer_passes(share, part == "moe")

@@ -116,8 +116,22 @@ class Pricer:
         return self._collectives[key]
 
     def spans(self, program: Program) -> list[Span]:
-        """One or two spans per block: its kernels, then what its collectives expose."""
-        return [span for block in program for span in self._block(block)]
+        """One or two spans per block: its kernels, then what its collectives expose; at the end what runs behind."""
+        found = [span for block in program if not block.behind for span in self._block(block)]
+        free = sum(span.compute for span in found if not span.axis)
+        for block in program:
+            for collective in block.collectives if block.behind else ():
+                span, free = self._behind(collective, free)
+                found.append(span)
+        return found
+
+    def _behind(self, collective: Collective, free: float) -> tuple[Span, float]:
+        """A collective beside kernels that take `free` seconds alone, and how much of them it leaves."""
+        communication = self.collective(collective)
+        beside = min(free / (1.0 - self._taken), communication)
+        used = beside * (1.0 - self._taken)
+        span = Span(collective.name, self._taken * beside, communication - beside, beside, collective.axis)
+        return span, max(0.0, free - used)
 
     def _block(self, block: Block) -> list[Span]:
         compute = sum(self.kernel(kernel) for kernel in block.kernels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.gradients import end_of_step, optimizer_bytes
 from hp_plugin.planner.counts.memory import Memory, memory_needed
+from hp_plugin.planner.counts.parts import parts_of
 from hp_plugin.planner.counts.program import Collective, Stream
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import Stage
@@ -87,8 +88,7 @@ class _Step:
     @staticmethod
     def _stage_costs(costs: PassCosts, stage: Stage) -> tuple[Cost, Cost]:
         ahead, back = Cost(), Cost()
-        counts = {"dense": stage.dense, "moe": stage.moe, "first": int(stage.first), "last": int(stage.last)}
-        for part, count in counts.items():
+        for part, count in parts_of(costs.share, stage).items():
             if count:
                 once = costs.of(part)
                 ahead.add(once[0], count)

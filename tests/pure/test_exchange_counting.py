@@ -1,0 +1,69 @@
+"""What exchanges send in whole passes: the rules' closed forms, held to the planner's programs call by call."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from hp_plugin.exchange.rules import RULES
+from hp_plugin.planner.counts.feasibility import shape_refusals
+from hp_plugin.planner.counts.parts import parts_of, passes_of
+from hp_plugin.planner.counts.program import collectives
+from hp_plugin.planner.counts.share import Share
+from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.workload import Workload
+
+WIDE = ModelShape("wide", 4, 96, 12, 4, 16, 288, biases=True, rotary=False)
+GATED = ModelShape("gated", 6, 64, 8, 2, 24, 192, gated=True, qk_norm=True)
+MIXTURE = ModelShape("mixture", 4, 64, 8, 4, 8, 128, experts=4, moe_every=2)
+BLOCK_PARTS = ("dense", "moe", "dense ends", "moe ends")
+
+
+def share(model: ModelShape, layout: str, s: int, mode: str) -> Share:
+    return Share(model, Layout.parse(layout), Workload(mode, s, 48))
+
+
+def sent(share: Share) -> float:
+    """Bytes by the planner's programs of one pass through the first stage's layers, but for experts' own."""
+    layout = share.layout
+    sizes = {"tp": layout.tp, "head": layout.m, "dim": layout.n}
+    total = 0.0
+    for part, times in parts_of(share, share.stages[0]).items():
+        if part in BLOCK_PARTS and times:
+            passes = passes_of(share, part)
+            programs = passes.forward + (passes.backward if share.workload.training else ())
+            calls = [call for call in collectives(programs) if call.axis in sizes and call.kind != "send_recv"]
+            # What DeepSpeed's mixture gathers by itself.
+            own = [call for call in calls if call.axis == "tp" and share.model.experts and "gather" in call.name
+                   and ("expert outputs" in call.name or "slot" in call.name or call.name in OF_MIXTURES)]  # fmt: skip
+            total += times * sum(call.received(sizes[call.axis]) for call in calls if call not in own)
+    return total
+
+
+OF_MIXTURES = ("gather tokens", "gather output gradient")
+
+
+MODELS = {"wide": WIDE, "gated": GATED, "mixture": MIXTURE}
+GRIDS = ("2x2", "1x4", "4x1", "2x4")
+BATCHES = (1, 2, 4, 8)
+SWITCHES = ("", ",sp", ",recompute=full")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_the_planner_moves_what_the_rules_count(name: str, mode: str) -> None:
+    model, compared = MODELS[name], 0
+    for grid, b, s, switch, exchange in product(GRIDS, BATCHES, (16, 32, 64), SWITCHES, RULES):
+        if mode == "forward" and "recompute" in switch:
+            continue
+        moe = ",moe=deepspeed,ep=4" if model.experts else ""
+        mine = share(model, f"grid={grid},exchange={exchange},mbs={b}{switch}{moe}", s, mode)
+        if (grid == "4x1" and (model.g % 4 or exchange != "batch")) or shape_refusals(mine):
+            continue
+        stage = mine.stages[0]
+        counted = mine.rule.pass_bytes(mine.block_shape(stage.dense, stage.moe), 2, mode == "train")
+        assert sent(mine) == pytest.approx(counted, rel=1e-12), mine.layout
+        compared += 1
+    assert compared >= 40
