@@ -22,7 +22,8 @@ from hp_plugin.planner.machine.nccl_tests import read_nccl_log
 from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
 from hp_plugin.planner.reports.advice import launch_advice, relief_lines
 from hp_plugin.planner.reports.chrome_trace import write_trace
-from hp_plugin.planner.reports.figure import draw_curves, draw_timeline, require_matplotlib
+from hp_plugin.planner.reports.figure import draw_curves, draw_map, draw_timeline, require_matplotlib
+from hp_plugin.planner.reports.motion_map import map_report, motion_map
 from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report, refused_report
 from hp_plugin.planner.search.candidates import Search
 from hp_plugin.planner.search.plan import make_plan
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--explain", metavar="LAYOUT", help="where one layout's step goes, for example tp=8,pp=2,mbs=4")
     out.add_argument("--trace", type=Path, metavar="FILE.json", help="with --explain: Chrome trace, opens in Perfetto")
     out.add_argument("--png", type=Path, metavar="FILE.png", help="with --explain or --sweep: picture (matplotlib)")
+    out.add_argument(
+        "--map",
+        type=Path,
+        metavar="FILE.png",
+        help="grids over tokens per micro-batch: whether activations or weights send less, and what is fastest",
+    )
     out.add_argument("--sweep", choices=sweep.KINDS, help="curves over powers of two")
     out.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="with --sweep: layouts to draw")
     out.add_argument("--sweep-to", type=int, default=4096, help="largest --sweep seq or gpus")
@@ -139,6 +146,11 @@ def _lines(args: argparse.Namespace) -> list[str]:
         if args.png:
             draw_curves(curves, args.sweep, args.png)
         return sweep.sweep_report(curves, args.sweep, left_out)
+    if args.map:
+        found = motion_map(model, args.gpus, workload, hardware, capacity)
+        lines = map_report(found, model, args.gpus, args.mode, hardware.name)
+        draw_map(found, lines[0], args.map)
+        return [*lines, f"picture: {args.map}"]
     plan = make_plan(model, args.gpus, workload, hardware, search, capacity, _progress())
     if args.list_refused:
         return refused_report(plan)
@@ -202,7 +214,7 @@ def _progress() -> Callable[[int], None] | None:
     return watch
 
 
-_SHOWN = ("validate", "reproduce", "suite", "show_hardware", "explain", "sweep", "list_refused", "from_launch")
+_SHOWN = ("map", "validate", "reproduce", "suite", "show_hardware", "explain", "sweep", "list_refused", "from_launch")
 _LAUNCHED = ("model", "mode", "global_batch", "seq", "continuous", "grad_reduce_in_bf16", "dtype")
 """Options whose values a launch line has itself."""
 
@@ -238,10 +250,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--png draws a step or a sweep: add --explain or --sweep")
     if args.layouts and not args.sweep:
         raise ValueError("--layouts goes with --sweep; for one layout's step use --explain")
-    for option, path in (("--trace", args.trace), ("--png", args.png)):
+    for option, path in (("--trace", args.trace), ("--png", args.png), ("--map", args.map)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{option} {path}: name a file in a folder that exists")
-    if args.png:
+    if args.png or args.map:
         require_matplotlib()
 
 

@@ -42,3 +42,11 @@ def test_sweep_table_and_picture(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "1,024" in text and "[2] grid=2x2" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "[1] " in out(capsys, "--sweep", "micro-batches")
+
+
+def test_the_map_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "m.png"
+    text = out(capsys, "--global-batch", "512", "--map", str(picture))
+    assert "2x2" in text and "1x4" in text and f"picture: {picture}" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 
 import pytest
 
-from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.rule import AttentionShape, BlockShape
+from hp_plugin.exchange.rules import RULES, count
 from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.parts import parts_of, passes_of
 from hp_plugin.planner.counts.program import collectives
@@ -14,6 +16,7 @@ from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.refusal import RefusedError
 
 WIDE = ModelShape("wide", 4, 96, 12, 4, 16, 288, biases=True, rotary=False)
 GATED = ModelShape("gated", 6, 64, 8, 2, 24, 192, gated=True, qk_norm=True)
@@ -67,3 +70,45 @@ def test_the_planner_moves_what_the_rules_count(name: str, mode: str) -> None:
         assert sent(mine) == pytest.approx(counted, rel=1e-12), mine.layout
         compared += 1
     assert compared >= 40
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_the_counted_choice_sends_no_more_than_the_best_fixed_exchange(mode: str) -> None:
+    """Over a map of shapes, few tokens to many; bytes are the planner's, so that the rules do not judge themselves."""
+    chosen: Counter[str] = Counter()
+    for model, grid, b, s in product((WIDE, GATED), ("2x2", "1x4", "2x4"), (1, 2, 4, 16), (8, 64, 256, 1024)):
+        fixed: dict[str, float] = {}
+        for exchange in (name for name, rule in RULES.items() if rule.exact):
+            mine = share(model, f"grid={grid},exchange={exchange},mbs={b}", s, mode)
+            if not shape_refusals(mine):
+                fixed[exchange] = sent(mine)
+        stage = mine.stages[0]
+        counted = count(mine.block_shape(stage.dense, stage.moe), mode == "train")
+        assert set(counted.bytes) == set(fixed)
+        assert fixed[counted.name] <= 1.03 * min(fixed.values()), (grid, b, s, counted.reason)
+        chosen[counted.name] += 1
+    assert sum(chosen.values()) == 96 and min(chosen[name] for name in ("batch", "sequence", "scores", "weights")) >= 1
+
+
+def test_where_weights_begin_to_send_less() -> None:
+    """The design's bounds, T > W/(4mD) in forward and 3W/(8mD) in training, for many layers and narrow attention."""
+    D, width, m, n = 64, 2048, 2, 4
+    for training, bound in ((False, 1 / 4), (True, 3 / 8)):
+        for times, expected in ((0.9, False), (1.1, True)):
+            weights = D * 2 * width + 4 * 2 * D
+            tokens = round(times * bound * weights / (m * D) / (2 * n)) * 2 * n
+            shape = AttentionShape(s=tokens, b=1, h=2, g=2, d=4, m=m, n=4)
+            fewest = count(BlockShape(shape, D, width, dense=200), training).name
+            assert RULES[fewest].moves_weights is expected, (training, times)
+
+
+def test_one_slice_leaves_nothing_to_choose() -> None:
+    shape = AttentionShape(s=16, b=2, h=4, g=4, d=8, m=4, n=1)
+    assert list(count(BlockShape(shape, 32, 64, dense=2), True).bytes) == ["batch"]
+
+
+def test_a_shape_that_nothing_carries_is_refused_in_words() -> None:
+    # Odd sequence, one sample, and rotary pairs that slices cut apart.
+    shape = AttentionShape(s=15, b=1, h=4, g=4, d=6, m=2, n=2, rotary=6, rotary_interleaved=True)
+    with pytest.raises(RefusedError, match="needs an even slice when rotary pairs are interleaved"):
+        count(BlockShape(shape, 24, 64, dense=2), True)
