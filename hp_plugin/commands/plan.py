@@ -23,7 +23,7 @@ from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
 from hp_plugin.planner.reports.advice import launch_advice, relief_lines
 from hp_plugin.planner.reports.chrome_trace import write_trace
 from hp_plugin.planner.reports.figure import draw_curves, draw_map, draw_timeline, require_matplotlib
-from hp_plugin.planner.reports.motion_map import map_report, motion_map
+from hp_plugin.planner.reports.motion_map import map_motions, map_report
 from hp_plugin.planner.reports.text import explanation, hardware_report, plan_report, refused_report
 from hp_plugin.planner.search.candidates import Search
 from hp_plugin.planner.search.plan import make_plan
@@ -147,7 +147,7 @@ def _lines(args: argparse.Namespace) -> list[str]:
             draw_curves(curves, args.sweep, args.png)
         return sweep.sweep_report(curves, args.sweep, left_out)
     if args.map:
-        found = motion_map(model, args.gpus, workload, hardware, capacity)
+        found = map_motions(model, args.gpus, workload, hardware, capacity)
         lines = map_report(found, model, args.gpus, args.mode, hardware.name)
         draw_map(found, lines[0], args.map)
         return [*lines, f"picture: {args.map}"]

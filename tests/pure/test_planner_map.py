@@ -8,13 +8,13 @@ from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
-from hp_plugin.planner.reports.motion_map import TOKENS, map_report, motion_map
+from hp_plugin.planner.reports.motion_map import TOKENS, map_motions, map_report
 from hp_plugin.planner.seconds.step import predict
 
 H100 = load_hardware("h100-ib")
 MODEL = ModelShape("m", 4, 512, 8, 4, 64, 2048, 1000)
 TRAIN = Workload("train", 256, 4096)
-MAP = motion_map(MODEL, 4, TRAIN, H100)
+MAP = map_motions(MODEL, 4, TRAIN, H100)
 
 
 def test_bytes_are_those_of_the_design() -> None:
@@ -55,6 +55,6 @@ def test_the_tables_mark_what_sends_less_and_what_ties() -> None:
 
 def test_what_has_no_map_is_refused() -> None:
     with pytest.raises(ValueError, match="--mode forward or train"):
-        motion_map(MODEL, 4, Workload("decode", 256, 64), H100)
+        map_motions(MODEL, 4, Workload("decode", 256, 64), H100)
     with pytest.raises(ValueError, match="no grid of 3 GPUs"):
-        motion_map(MODEL, 3, TRAIN, H100)
+        map_motions(MODEL, 3, TRAIN, H100)

@@ -57,7 +57,7 @@ class MotionMap:
     stock: dict[int, tuple[str, float]]
 
 
-def motion_map(
+def map_motions(
     model: ModelShape, gpus: int, workload: Workload, hardware: Hardware, capacity: float | None = None
 ) -> MotionMap:
     """Counts and predicts every grid of all GPUs, with and without sequence parallelism.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from hp_plugin.grid.ranks import ORDERS
 from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
@@ -41,7 +42,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pair:
-    """Baseline and grids in one setting; `fits` tells whether baseline and best grid fit into 80 GB."""
+    """Baseline and grids in one setting; `fits` tells whether baseline and best grid fit into 80 GB, `weights_fit` the
+    same of the baseline and the best grid whose weights move (None in decode)."""
 
     setting: Setting
     baseline: Prediction
@@ -49,11 +51,18 @@ class Pair:
     local: Prediction
     stock_tp: Prediction
     fits: bool
+    weights: Prediction | None = None
+    weights_fit: bool = False
 
     @property
     def ratio(self) -> float:
         """Tokens/s of the best exact grid over the baseline's."""
         return self.grid.tokens_per_s / self.baseline.tokens_per_s
+
+    @property
+    def weights_ratio(self) -> float:
+        """The same for the best grid whose weights move; 0 where there is none."""
+        return self.weights.tokens_per_s / self.baseline.tokens_per_s if self.weights else 0.0
 
     @property
     def local_ratio(self) -> float:
@@ -91,7 +100,13 @@ def pair(setting: Setting) -> Pair:
     grid = max((run(f"grid={shape},exchange=batch") for shape in GRIDS), key=lambda found: found.tokens_per_s)
     fits = all(memory_refusal(found.memory, hardware) is None for found in (baseline, grid))
     local = max((run(f"grid={shape},exchange=local") for shape in GRIDS), key=lambda found: found.tokens_per_s)
-    return Pair(setting, baseline, grid, local, run("tp=16"), fits)
+    pair = Pair(setting, baseline, grid, local, run("tp=16"), fits)
+    if setting.mode == "decode":
+        return pair
+    moved = [run(f"grid={shape},exchange=weights,order={order}") for shape in GRIDS for order in ORDERS]
+    best = max(moved, key=lambda found: found.tokens_per_s)
+    fit = all(memory_refusal(found.memory, hardware) is None for found in (baseline, best))
+    return replace(pair, weights=best, weights_fit=fit)
 
 
 def reported(model: str) -> tuple[list[float], list[float]]:
@@ -108,7 +123,8 @@ def reproduction_report() -> list[str]:
         "Nothing is fitted to these rows. Not stated there and varied here: interconnect, mode, sequence (in decode:",
         "context) length, micro-batches. Taken: batch = sequences, the same micro-batches on both sides, sequence",
         "parallelism where it is faster, no vocabulary, no data parallelism, top-1 experts through DeepSpeed-MoE over",
-        "8 ranks. `!`: does not fit into 80 GB without recomputation.",
+        "8 ranks. Grids trade activations (exchange `batch`); weights: ratio of the best whose weights move, in either",
+        "order of its ranks. `!`: does not fit into 80 GB without recomputation.",
     ]
     for name in ("paper-dense", "paper-moe"):
         pairs = [pair(setting) for setting in settings(name)]
@@ -124,15 +140,17 @@ def _model_report(name: str, pairs: list[Pair]) -> list[str]:
     ]
     for mode in SEQUENCES:
         lines += ["", *_table(mode, [one for one in pairs if one.setting.mode == mode])]
-    lines += ["", *_findings(grid_tps / base_tps, base_tps, pairs)]
+    lines += ["", *_findings(grid_tps / base_tps, base_tps, pairs), *_with_weights(grid_tps / base_tps, pairs)]
     return [*lines, *_really_best(load_model(name))]
 
 
 def _table(mode: str, pairs: list[Pair]) -> list[str]:
     length = "context" if mode == "decode" else "sequence"
-    head = f"{'TPS M':>8}{'TPOT':>7}{'grid':>9}{'TPS M':>7}{'TPOT':>7}{'ratio':>7}{'local':>7}{'TP=16':>7}  "
+    head = (
+        f"{'TPS M':>8}{'TPOT':>7}{'grid':>9}{'TPS M':>7}{'TPOT':>7}{'ratio':>7}{'weights':>9}{'local':>7}{'TP=16':>7}  "
+    )
     lines = [f"{mode}: {length}, micro-batches; then {BASELINE}, best exact grid, ratios to {BASELINE}"]
-    lines.append(f"{'':>15}{MACHINES[0]:^59}  {MACHINES[1]:^59}".rstrip())
+    lines.append(f"{'':>15}{MACHINES[0]:^68}  {MACHINES[1]:^68}".rstrip())
     lines.append(f"{'':>9}{'mb':>5} " + (head + " ") * 2)
     by_row: dict[tuple[int, int], list[Pair]] = {}
     for one in pairs:
@@ -147,9 +165,39 @@ def _cell(one: Pair) -> str:
     grid = one.grid.layout
     return (
         f"{one.baseline.tokens_per_s / 1e6:>8.3f}{one.baseline.tpot * 1e3:>7.2f}{f'{grid.m}x{grid.n}':>9}"
-        f"{one.grid.tokens_per_s / 1e6:>7.3f}{one.grid.tpot * 1e3:>7.2f}{one.ratio:>7.2f}{one.local_ratio:>7.2f}"
+        f"{one.grid.tokens_per_s / 1e6:>7.3f}{one.grid.tpot * 1e3:>7.2f}{one.ratio:>7.2f}{_weights(one):>9}"
+        f"{one.local_ratio:>7.2f}"
         f"{one.stock_tp.tokens_per_s / one.baseline.tokens_per_s:>7.2f}{' ' if one.fits else '!'} "
     )
+
+
+def _weights(one: Pair) -> str:
+    return f"{one.weights_ratio:.2f}{' ' if one.weights_fit else '!'}" if one.weights else "- "
+
+
+def _with_weights(ratio: float, pairs: list[Pair]) -> list[str]:
+    """The same of grids whose weights move."""
+    moved = [one for one in pairs if one.weights]
+    near = [one for one in moved if abs(one.weights_ratio / ratio - 1) <= 0.05]
+    lines = [
+        f"weights moved: within 5 % of the reported ratio in {len(near)} of {len(moved)} settings, "
+        f"{len([one for one in near if one.weights_fit])} of them fit into memory"
+    ]
+    for mode in SEQUENCES:
+        many = [one for one in moved if one.setting.mode == mode and one.setting.micro_batches >= 8]
+        fitting = [one for one in many if one.weights_fit]
+        if fitting:
+            best = max(fitting, key=lambda one: one.weights_ratio)
+            assert best.weights is not None
+            lines.append(
+                f"  {mode}, 8 micro-batches and more, {len(fitting)} of {len(many)} that fit: "
+                f"{min(one.weights_ratio for one in fitting):.2f} to {best.weights_ratio:.2f} "
+                f"({best.weights.layout.m}x{best.weights.layout.n}, {best.setting.machine}, {best.setting.seq} tokens, "
+                f"{best.setting.micro_batches} micro-batches); {BASELINE} waits {best.baseline.bubble:.0%} of its step "
+                f"for the pipeline and {_share(best.baseline):.0%} for collectives, that grid "
+                f"{_share(best.weights):.0%} for collectives"
+            )
+    return lines
 
 
 def _findings(ratio: float, tps: float, pairs: list[Pair]) -> list[str]:
@@ -207,7 +255,7 @@ def _really_best(model: ModelShape) -> list[str]:
         hardware: Hardware = load_hardware(machine)
         for mode in SEQUENCES:
             workload = Workload(mode, 512 if mode == "decode" else 2048, GLOBAL_BATCH, grad_itemsize=2)
-            search = Search(exchanges=("batch",), max_micro_batch=16)
+            search = Search(exchanges=("batch", "weights"), max_micro_batch=16)
             plan = make_plan(model, GPUS, workload, hardware, search)
             best = plan.found[0]
             grid = next((found for found in plan.found if found.layout.grid), None)
