@@ -77,6 +77,15 @@ def test_refused_layouts_say_why() -> None:
     assert "m=4 must divide both" in reasons["grid=4x2,exchange=batch,mbs=2"]
 
 
+def test_what_is_less_than_the_error_apart_is_called_a_tie() -> None:
+    best = PLAN.found[0].tokens_per_s
+    tied = len([found for found in PLAN.found if found.tokens_per_s > best / 1.1])
+    assert tied > 1
+    assert f"the first {tied} are less than 10% apart: a tie" in "\n".join(plan_report(PLAN, 3, "bf16"))
+    alone = replace(PLAN, found=PLAN.found[:1])
+    assert "a tie" not in "\n".join(plan_report(alone, 3, "bf16"))
+
+
 def test_best_of_each_kind_keeps_the_fastest() -> None:
     fastest: dict[tuple[object, ...], float] = {}
     for found in PLAN.found:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.megatron_launch import Launch
 from hp_plugin.planner.machine.hardware import Hardware
-from hp_plugin.planner.reports.text import MEMORY_PARTS, layout_table, wrapped
+from hp_plugin.planner.reports.text import MEMORY_PARTS, TIE, layout_table, wrapped
 from hp_plugin.planner.search.launch_flags import megatron_flags
 from hp_plugin.planner.search.plan import Plan
 from hp_plugin.planner.search.relief import reliefs
 from hp_plugin.planner.seconds.prediction import Prediction
-
-TIE = 1.10
-"""Ratios below this are within the planner's error (docs/planner.md, "Against published runs")."""
 
 
 def launch_advice(

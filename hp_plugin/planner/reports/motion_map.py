@@ -12,14 +12,13 @@ from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware
+from hp_plugin.planner.reports.text import TIE
 from hp_plugin.planner.search.candidates import MAX_TENSOR_PARALLEL
 from hp_plugin.planner.search.plan import fitting
 from hp_plugin.refusal import RefusedError
 
 TOKENS = tuple(2**power for power in range(8, 18))
 """Tokens per micro-batch, 256 to 131,072; fewer than a sequence has are shorter sequences."""
-TIE = 1.10
-"""Rates closer than this are within the planner's error (docs/planner.md)."""
 
 
 @dataclass(frozen=True)

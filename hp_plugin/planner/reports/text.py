@@ -24,6 +24,9 @@ MARK = "≠"
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "cache")
 """Uses of device memory, as `Memory` names them."""
 
+TIE = 1.10
+"""Ratios below this are within the planner's error (docs/planner.md, "Against published runs")."""
+
 
 def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
     """The fastest layouts, the best of each kind, flags for the best stock and the best grid layout, refusals."""
@@ -32,6 +35,9 @@ def plan_report(plan: Plan, top: int, dtype: str) -> list[str]:
         f"{len(plan.found)} layouts can run, {len(plan.refused)} cannot; the fastest {len(shown)}:",
         *layout_table(shown),
     ]
+    tied = [found for found in plan.found if TIE * found.tokens_per_s > plan.found[0].tokens_per_s]
+    if len(tied) > 1:
+        lines.append(f"the first {len(tied)} are less than {TIE - 1:.0%} apart: a tie, as far as predictions go")
     kinds = plan.best_of_each_kind()
     others = [found for found in kinds if found not in shown][:top]
     if others:
