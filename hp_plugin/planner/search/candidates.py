@@ -103,9 +103,16 @@ def _sized(
             for sp in (False,) if tp == 1 or decode else (False, True):
                 for overlap in (False, True) if sp and search.tp_overlap else (False,):
                     for ep, moe in _experts(model, tp, cp * dp):
-                        yield Layout(
-                            tp, grid, pp, vpp, cp, dp, ep, sp, overlap, micro_batch, moe=moe
-                        )  # fmt: skip
+                        for zero in _zero(model, grid, pp, cp, dp, decode):
+                            yield Layout(
+                                tp, grid, pp, vpp, cp, dp, ep, sp, overlap, micro_batch, zero=zero, moe=moe
+                            )  # fmt: skip
+
+
+def _zero(model: ModelShape, grid: HeadDimConfig | None, pp: int, cp: int, dp: int, decode: bool) -> tuple[str, ...]:
+    """The distributed optimizer, and FSDP where it is planned: stock attention and dense models without stages."""
+    fully = grid is None and pp == cp == 1 and dp > 1 and not model.experts and not decode
+    return ("optimizer", "full") if fully else ("optimizer",)
 
 
 def _virtual_sizes(model: ModelShape, pp: int, micro_batches: int, decode: bool) -> list[int]:
