@@ -146,9 +146,7 @@ def _model_report(name: str, pairs: list[Pair]) -> list[str]:
 
 def _table(mode: str, pairs: list[Pair]) -> list[str]:
     length = "context" if mode == "decode" else "sequence"
-    head = (
-        f"{'TPS M':>8}{'TPOT':>7}{'grid':>9}{'TPS M':>7}{'TPOT':>7}{'ratio':>7}{'weights':>9}{'local':>7}{'TP=16':>7}  "
-    )
+    head = f"{'TPS M':>8}{'TPOT':>7}{'grid':>9}{'TPS M':>7}{'TPOT':>7}{'ratio':>7}  weights{'local':>7}{'TP=16':>7}  "
     lines = [f"{mode}: {length}, micro-batches; then {BASELINE}, best exact grid, ratios to {BASELINE}"]
     lines.append(f"{'':>15}{MACHINES[0]:^68}  {MACHINES[1]:^68}".rstrip())
     lines.append(f"{'':>9}{'mb':>5} " + (head + " ") * 2)
