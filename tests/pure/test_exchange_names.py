@@ -46,7 +46,6 @@ OTHER_MEANINGS = {
     ("hp_plugin.planner.reports.kv_heads", "'context' if mode == 'decode' else 'sequence'"): 1,
     ("hp_plugin.planner.reports.reproduce", "'context' if mode == 'decode' else 'sequence'"): 1,
     ("hp_plugin.planner.reports.reproduce", "f'{'local'}'"): 1,
-    ("hp_plugin.planner.reports.reproduce", "f'{'weights'}'"): 1,
 }
 
 
