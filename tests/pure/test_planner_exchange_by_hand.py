@@ -15,6 +15,7 @@ from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
+from hp_plugin.planner.machine.attention_rate import FusedHeadDims
 from tests.programs import listed
 
 MODEL = ModelShape("tiny", 2, 8, 4, 2, 4, 24)
@@ -82,6 +83,30 @@ def test_scores() -> None:
     (forward,), (backward,) = found.core, found.core_gradient
     assert forward.overlap and backward.overlap and forward.pieces == backward.pieces == 1
     assert all(kernel.slow for kernel in forward.kernels[2:] + backward.kernels[5:])
+
+
+def test_without_a_kernel_attention_is_product_by_product() -> None:
+    """512 scores; keys and values are repeated for 2 query heads each: read and written, 4 · 2 B · 8 · 8 · 4."""
+    kernel_of_narrower_heads = FusedHeadDims(3, 3)
+    narrow = Share(MODEL, Layout.parse("tp=1,mbs=2"), Workload("train", 8, 8), kernel_of_narrower_heads)
+    softmax, expanded = ("softmax", 2 * 2 * 512), 4 * 2 * 8 * 8 * 4
+    products = [("scores", 8, 8, 4, 8), softmax, ("context", 8, 4, 8, 8)]
+    back = [
+        ("value gradient", 8, 4, 8, 8),
+        ("probability gradient", 8, 8, 4, 8),
+        ("softmax gradient", 3 * 2 * 512),
+        ("query gradient", 8, 4, 8, 8),
+        ("key gradient", 8, 4, 8, 8),
+    ]
+    found = exchanged(narrow)
+    assert listed(found.core) == [("expand k, v", expanded), *products]
+    assert listed(found.core_gradient) == [*back, ("fold k, v gradients", expanded)]
+    every_head_its_own = exchanged(replace(narrow, model=replace(MODEL, g=4)))
+    assert listed(every_head_its_own.core) == products and listed(every_head_its_own.core_gradient) == back
+    # Dropout reads and writes scores, and writes a mask of bytes.
+    dropped = exchanged(replace(narrow, model=replace(MODEL, dropout=True)))
+    assert listed(dropped.core)[3] == ("attention dropout", (2 * 2 + 1) * 512)
+    assert listed(dropped.core_gradient)[2] == ("attention dropout gradient", (2 * 2 + 1) * 512)
 
 
 def test_stock_gathers_what_it_has_too_few_heads_for() -> None:
