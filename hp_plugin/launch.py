@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> None:
     on_cpu = False
     try:
         if on_gloo(words[1:]):
-            on_cpu = _enable_cpu()
+            on_cpu = _enable_cpu(megatron_experts=backend == "megatron")
         install()
         if backend == "deepspeed":
             use_deepspeed_moe()
@@ -84,7 +84,7 @@ def _run_alone(script: Path) -> None:
     exec(compile(script.read_bytes(), str(script), "exec"), vars(main_module))
 
 
-def _enable_cpu() -> bool:
+def _enable_cpu(megatron_experts: bool) -> bool:
     """Runs Megatron-LM on the CPU where there is no CUDA, and says so; returns whether it does."""
     import torch
 
@@ -92,7 +92,7 @@ def _enable_cpu() -> bool:
         return False
     from hp_plugin.cpu_backend import megatron_lm
 
-    megatron_lm.enable()
+    megatron_lm.enable(megatron_experts)
     if _is_first_rank():
         print("hp_plugin: there is no CUDA here: Megatron-LM runs on the CPU, over gloo", flush=True)
     return True

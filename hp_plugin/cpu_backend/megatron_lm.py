@@ -14,6 +14,7 @@ from unittest import mock
 from hp_plugin import cpu_backend
 from hp_plugin.cpu_backend.devices import ignore
 from hp_plugin.cpu_backend.hook import Hook
+from hp_plugin.cpu_backend.mixture_of_experts import uneven_gathers
 
 MEGATRON_LM = ("megatron-core", "0.16.1")
 _KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
@@ -40,6 +41,23 @@ def count_one_device(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return with_one_device
+
+
+def refuse_uneven_gathers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes process groups, ended as a parser's error is where gloo cannot serve Megatron's experts."""
+
+    @wraps(original)
+    def with_even_gathers(*args: Any, **kwargs: Any) -> Any:
+        given = import_module("megatron.training").get_args()
+        slices = given.expert_tensor_parallel_size or given.tensor_model_parallel_size
+        uneven = None if given.num_experts is None else uneven_gathers(given.expert_model_parallel_size, slices)
+        if uneven is None:
+            return original(*args, **kwargs)
+        if given.rank == 0:
+            print(f"{sys.argv[0]}: error: {uneven}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+    return with_even_gathers
 
 
 def describe_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,8 +93,11 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def enable() -> None:
+def enable(megatron_experts: bool = True) -> None:
     """`cpu_backend.enable()`, and the same for Megatron-LM's training code.
+
+    Args:
+        megatron_experts: whether mixtures of experts are Megatron's own, which gather what gloo cannot on some groups.
 
     Raises:
         ModuleNotFoundError: there is no `megatron.training`.
@@ -88,12 +109,20 @@ def enable() -> None:
     cpu_backend.enable()
     # 0.17.0 and later have no fused kernels of their own to compile.
     hooks = [hook for hook in HOOKS if hook.owner != _FUSED or _is_there(_FUSED)]
+    hooks += [UNEVEN_GATHERS] if megatron_experts else []
     for hook in hooks:
         hook.check()
     for hook in hooks:
         hook.apply()
 
 
+UNEVEN_GATHERS = Hook(
+    "megatron.training.initialize",
+    "_initialize_distributed",
+    refuse_uneven_gathers,
+    "gloo gathers unequal numbers of elements",
+    MEGATRON_LM,
+)
 HOOKS = [
     Hook("megatron.training.training", "initialize_megatron", allow_no_cuda, _ASKS, MEGATRON_LM, ("allow_no_cuda",)),
     Hook("megatron.training.initialize", "_initialize_distributed", count_one_device, _ASKS, MEGATRON_LM),

@@ -55,6 +55,16 @@ def splits_on_the_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     return maybe_move_tensor_to_cpu
 
 
+def uneven_gathers(expert_parallel: int, expert_tensor_parallel: int) -> str | None:
+    """Why Megatron's experts cannot run over gloo on expert groups of these sizes; None where they can."""
+    if expert_parallel == 1 or expert_tensor_parallel == 1:
+        return None
+    return (
+        f"--expert-model-parallel-size {expert_parallel} with --expert-tensor-parallel-size {expert_tensor_parallel} "
+        "gathers unequal numbers of tokens, which gloo cannot: on the CPU give one of them 1"
+    )
+
+
 HOOKS = [
     Hook(
         "megatron.core.transformer.moe.token_dispatcher",

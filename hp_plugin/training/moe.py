@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from hp_plugin import cpu_backend
+from hp_plugin.cpu_backend.mixture_of_experts import uneven_gathers
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.upstream.moe_log import recorded_figures
 
@@ -69,11 +70,9 @@ def moe_complaints(config: TrainingConfig) -> Iterator[str]:
             "Megatron-Core's local experts with biases run only where they are spread: give --disable-bias-linear, or "
             "--expert-model-parallel-size above 1 with --expert-tensor-parallel-size 1"
         )
-    if cpu_backend.is_enabled() and spread > 1 and slices > 1:
-        yield (
-            f"--expert-model-parallel-size {spread} with --expert-tensor-parallel-size {slices} gathers unequal "
-            "numbers of tokens, which gloo cannot: on the CPU give one of them 1"
-        )
+    uneven = uneven_gathers(spread, slices) if cpu_backend.is_enabled() else None
+    if uneven is not None:
+        yield uneven
     if config.tensor_parallel > 1 and not config.sequence_parallel:
         yield (
             f"Megatron's MoE on {config.tensor_parallel} tensor-parallel ranks needs --sequence-parallel; "

@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin import launch
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.cpu_backend import megatron_lm as cpu_backend_of_megatron_lm
+from hp_plugin.cpu_backend.megatron_lm import refuse_uneven_gathers
+from hp_plugin.deepspeed_adapter.moe import megatron_lm as use_of_deepspeed
 from hp_plugin.megatron_lm import flags, hooks
 from hp_plugin.megatron_lm.argument_hooks import ArgumentHooks
 from hp_plugin.megatron_lm.checkpoint_hooks import CheckpointHooks
@@ -206,6 +210,44 @@ def test_the_launcher_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -
 def test_gloo_is_found_in_both_spellings() -> None:
     assert launch.on_gloo(["--distributed-backend", "gloo"]) and launch.on_gloo(["--distributed-backend=gloo"])
     assert not launch.on_gloo(["--distributed-backend", "nccl", "gloo"])
+
+
+def uneven(monkeypatch: pytest.MonkeyPatch, **given: Any) -> str | None:
+    """What Megatron-LM's making of process groups returns, with these arguments, on the CPU."""
+    args = SimpleNamespace(rank=0, num_experts=4, tensor_model_parallel_size=2, **given)
+    megatron_training = ModuleType("megatron.training")
+    megatron_training.get_args = lambda: args  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training", megatron_training)
+    return refuse_uneven_gathers(lambda groups: f"made {groups}")("all")
+
+
+@pytest.mark.parametrize("slices", [2, None], ids=["given", "the TP size"])
+def test_gathers_that_gloo_lacks_end_megatron_lm_before_its_groups(
+    slices: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        uneven(monkeypatch, expert_model_parallel_size=2, expert_tensor_parallel_size=slices)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: --expert-model-parallel-size 2 with --expert-tensor-parallel-size 2 gathers unequal" in said
+
+
+def test_gathers_that_gloo_has_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert uneven(monkeypatch, expert_model_parallel_size=2, expert_tensor_parallel_size=1) == "made all"
+    assert uneven(monkeypatch, expert_model_parallel_size=1, expert_tensor_parallel_size=None) == "made all"
+
+
+def test_the_launcher_says_whose_experts_gather(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script, asked = tmp_path / "pretrain.py", []
+    script.write_text("")
+    monkeypatch.setattr(cpu_backend_of_megatron_lm, "enable", asked.append)
+    monkeypatch.setattr(use_of_deepspeed, "use_deepspeed_moe", lambda: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for backend in ([], ["--moe-backend", "deepspeed"]):
+        monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # put back after the test
+        launch.main([str(script), "--num-experts", "4", "--distributed-backend", "gloo", *backend])
+    assert asked == [True, False]
 
 
 def test_configurations_that_are_built_again_keep_the_true_heads(monkeypatch: pytest.MonkeyPatch) -> None:
