@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
 from hp_plugin.checkpoint.rules import check_same_function, check_same_layout, recorded_head_dim
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.megatron_lm.releases import check_parameters
@@ -61,7 +62,8 @@ class CheckpointHooks:
         """`dist_checkpointing.load` of a checkpoint that is complete and of this model.
 
         Raises:
-            ValueError: names missing or truncated files, or the first tensors that differ.
+            ValueError: names missing or truncated files, the first tensors that differ, or where the optimizer state
+                of experts loads.
         """
         call = inspect.signature(self._load).bind(*args, **kwargs)
         call.apply_defaults()
@@ -69,4 +71,5 @@ class CheckpointHooks:
             check_files(call.arguments["checkpoint_dir"])
             if StrictHandling(call.arguments["strict"]) in _STRICT:
                 check_tensors(call.arguments["sharded_state_dict"], call.arguments["checkpoint_dir"])
+            check_expert_optimizer(call.arguments["sharded_state_dict"], call.arguments["checkpoint_dir"])
         return self._load(*args, **kwargs)

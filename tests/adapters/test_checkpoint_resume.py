@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,20 @@ pytestmark = [
 ]
 
 
-def train_saving(cache: str, flags: str) -> tuple[dict[int, float], str]:
+@contextmanager
+def writing_files() -> Iterator[None]:
     # Megatron-Core writes files from processes of its own, which multiprocessing denies to the harness' daemons.
     multiprocessing.current_process()._config["daemon"] = False
     filesystem_async._results_queue = quick_results_queue()
     try:
-        return train(cache, flags)
+        yield
     finally:
         filesystem_async._results_queue = None
+
+
+def train_saving(cache: str, flags: str) -> tuple[dict[int, float], str]:
+    with writing_files():
+        return train(cache, flags)
 
 
 def all_runs(cache: str, layout: str, folder: str, interrupted: str, resumed: str) -> list[dict[int, float]]:

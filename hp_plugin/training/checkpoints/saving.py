@@ -11,6 +11,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
 from hp_plugin.checkpoint.rules import check_same_function, recorded_head_dim
 from hp_plugin.training.checkpoints import legacy as legacy_checkpoint
 from hp_plugin.training.checkpoints.folder import RELEASE, CheckpointFolder
@@ -175,6 +176,7 @@ class Checkpoints:
             random_states=whole and self._same_layout(saved) and folder.name != RELEASE,
         )
         check_tensors(state, folder)
+        check_expert_optimizer(state, folder)
         asked = set(state)
         loaded = dist_checkpointing.load(state, str(folder))
         # What is not sharded comes along unasked: of an optimizer, its hyperparameters without its tensors.
