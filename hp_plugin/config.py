@@ -48,18 +48,23 @@ class HeadDimConfig:
             raise ValueError(f"unknown exchange {self.exchange!r}: choose from {', '.join(EXCHANGES)}{hint}")
 
     @classmethod
-    def of(cls, head_dim: HeadDimConfig | str | Sequence[int]) -> HeadDimConfig:
-        """The configuration that a caller means by itself, by "m,n" or by a pair (m, n).
+    def of(
+        cls, head_dim: HeadDimConfig | str | Sequence[int], exchange: str | None = None, order: str | None = None
+    ) -> HeadDimConfig:
+        """The configuration that a caller means by itself, by "m,n" or by a pair (m, n), which leave the rest open.
 
         Raises:
-            ValueError: it is none of these, or names no grid.
+            ValueError: it is none of these, names no grid, or has another exchange or order than is given beside it.
         """
         if isinstance(head_dim, HeadDimConfig):
+            given = replace(head_dim, exchange=exchange or head_dim.exchange, order=order or head_dim.order)
+            if given != head_dim:
+                raise ValueError(f"{' '.join(given.flags)} contradicts {' '.join(head_dim.flags)}: give one of them")
             return head_dim
         if isinstance(head_dim, str):
-            return cls.parse(head_dim)
+            return cls.parse(head_dim, exchange or AUTO, order or DIM_INNERMOST)
         if isinstance(head_dim, (tuple, list)) and len(head_dim) == 2:
-            return cls(*head_dim)
+            return cls(head_dim[0], head_dim[1], exchange or AUTO, order or DIM_INNERMOST)
         raise ValueError(
             f'head_dim_parallel takes a HeadDimConfig, "m,n" or a pair (m, n), for example HeadDimConfig(4, 4); '
             f"got {head_dim!r}"

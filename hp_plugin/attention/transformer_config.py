@@ -21,21 +21,33 @@ class HeadDimTransformerConfig(TransformerConfig):
     Args:
         head_dim_parallel: the grid (a `HeadDimConfig`, "m,n" or a pair), or None for stock attention. Sets
             `tensor_model_parallel_size` to m · n.
+        head_dim_exchange, head_dim_order: what "m,n" or a pair leaves open, under the names of Megatron-LM's arguments,
+            so that its `core_transformer_config_from_args` carries them; None once they are in the grid.
         micro_batch_size, seq_length: if given, the exchange is checked against them when the config is made.
 
     Raises:
-        ValueError: the grid does not fit the model, or the model needs something the grid cannot carry.
+        ValueError: the grid does not fit the model, the model needs something the grid cannot carry, or the exchange or
+            the order contradicts the grid's own.
     """
 
     head_dim_parallel: HeadDimConfig | None = None
+    head_dim_exchange: str | None = None
+    head_dim_order: str | None = None
     micro_batch_size: int | None = None
     seq_length: int | None = None
 
     def __post_init__(self) -> None:
+        exchange, order = self.head_dim_exchange, self.head_dim_order
         if self.head_dim_parallel is None:
+            if exchange is not None or order is not None:
+                raise ValueError(
+                    f"head_dim_exchange {exchange!r} and head_dim_order {order!r} are a grid's: give head_dim_parallel"
+                )
             super().__post_init__()
             return
-        head_dim = self.head_dim_parallel = HeadDimConfig.of(self.head_dim_parallel)
+        head_dim = self.head_dim_parallel = HeadDimConfig.of(self.head_dim_parallel, exchange, order)
+        # One place for each from here on: `dataclasses.replace` may give another grid.
+        self.head_dim_exchange = self.head_dim_order = None
         if self.tensor_model_parallel_size == 1:
             self.tensor_model_parallel_size = head_dim.size
         post_init_on_grid(self, head_dim, super().__post_init__, self._shape)

@@ -1,11 +1,14 @@
 """A model's configuration with a grid in it: how the grid may be given, and what is refused; starts no ranks."""
 
+from argparse import Namespace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, unsupported
+from hp_plugin.checkpoint.rules import record_head_dim
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.refusal import RefusedError
 
@@ -32,6 +35,29 @@ def test_a_grid_may_be_given_as_words_or_numbers(head_dim: Any) -> None:
 def test_what_is_no_grid_is_one_clear_error(head_dim: Any) -> None:
     with pytest.raises(ValueError, match=r"head.dim.parallel"):
         config(head_dim)
+
+
+def test_what_the_words_leave_open_is_taken_beside_them() -> None:
+    beside = {"head_dim_exchange": "sequence", "head_dim_order": "head-innermost"}
+    whole = HeadDimConfig(2, 2, "sequence", "head-innermost")
+    for head_dim in ("2,2", (2, 2), whole):
+        made = config(head_dim, **beside)
+        assert made.head_dim_parallel == whole
+        assert replace(made, head_dim_parallel="1,4").head_dim_parallel == HeadDimConfig(1, 4)
+    with pytest.raises(ValueError, match=r"--head-dim-exchange sequence.* contradicts .*--head-dim-exchange batch"):
+        config(HeadDimConfig(2, 2, "batch"), head_dim_exchange="sequence")
+    with pytest.raises(ValueError, match=r"unknown exchange 'seq': choose from"):
+        config("2,2", head_dim_exchange="seq")
+    with pytest.raises(ValueError, match=r"'head-innermost' are a grid's: give head_dim_parallel"):
+        config(None, head_dim_order="head-innermost")
+
+
+def test_a_configuration_made_of_megatron_lms_arguments_has_the_whole_grid() -> None:
+    args, whole = Namespace(**MODEL), HeadDimConfig(2, 2, "scores", "head-innermost")
+    record_head_dim(args, whole)
+    # As `core_transformer_config_from_args` does: whatever argument has the name of a field.
+    named = {field.name: getattr(args, field.name) for field in fields(HeadDimTransformerConfig) if field.name in args}
+    assert HeadDimTransformerConfig(**named).head_dim_parallel == whole
 
 
 def test_another_exchange_is_named_only_where_it_fits() -> None:
