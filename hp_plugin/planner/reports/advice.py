@@ -6,7 +6,7 @@ from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.megatron_launch import Launch
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.reports.text import MEMORY_PARTS, TIE, layout_table, wrapped
-from hp_plugin.planner.search.launch_flags import megatron_flags
+from hp_plugin.planner.search.launch_flags import DATA_PARALLEL_FLAGS, megatron_flags
 from hp_plugin.planner.search.plan import Plan
 from hp_plugin.planner.search.relief import reliefs
 from hp_plugin.planner.seconds.prediction import Prediction
@@ -51,7 +51,8 @@ def _headline(best: Prediction) -> str:
     layout = best.layout
     if layout.grid is not None:
         return f"--head-dim-parallel {layout.m},{layout.n}"
-    return f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
+    flags = f"--tensor-model-parallel-size {layout.tp} --pipeline-model-parallel-size {layout.pp}"
+    return f"{flags} {DATA_PARALLEL_FLAGS[layout.zero][0]}" if layout.zero == "full" else flags
 
 
 def _others(mine: Prediction, plan: Plan | None) -> list[Prediction]:

@@ -98,10 +98,10 @@ def _parallel_flags(prediction: Prediction) -> list[str]:
         flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
     elif layout.recompute == "selective":
         flags += ["--recompute-granularity selective", "--recompute-modules core_attn"]
-    return flags + _DATA_PARALLEL_FLAGS[layout.zero] if workload.training else flags
+    return flags + DATA_PARALLEL_FLAGS[layout.zero] if workload.training else flags
 
 
-_DATA_PARALLEL_FLAGS = {
+DATA_PARALLEL_FLAGS = {
     "replicated": ["--overlap-grad-reduce"],
     "optimizer": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
     # What Megatron-LM asks for beside it.
