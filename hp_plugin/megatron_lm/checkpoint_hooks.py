@@ -1,4 +1,4 @@
-"""The two replacements around Megatron-LM's loading of checkpoints: refusals before anything wrong is in the model.
+"""The three replacements around Megatron-LM's loading of checkpoints: refusals before anything wrong is in the model.
 
 They can go once Megatron-LM lets plugins look at a checkpoint before it loads it.
 """
@@ -30,17 +30,21 @@ class CheckpointHooks:
         self._head_dim = head_dim
         self._read: Callable[..., Any] = checkpointing._load_base_checkpoint
         self._load: Callable[..., Any] = dist_checkpointing.load
+        self._load_common: Callable[..., Any] = dist_checkpointing.load_common_state_dict
 
     def check(self) -> None:
         """Raises RuntimeError if the functions to replace are not as known."""
         check_parameters("megatron.training.checkpointing._load_base_checkpoint", self._read, ("load_dir", "args"))
         names = ("sharded_state_dict", "checkpoint_dir", "strict")
         check_parameters("megatron.core.dist_checkpointing.load", self._load, names)
+        name = "megatron.core.dist_checkpointing.load_common_state_dict"
+        check_parameters(name, self._load_common, ("checkpoint_dir",))
 
     def install(self) -> None:
         """Replaces the functions for the rest of the process."""
         self._checkpointing._load_base_checkpoint = self.read
         dist_checkpointing.load = self.load
+        dist_checkpointing.load_common_state_dict = self.load_common
 
     def read(self, load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         """`_load_base_checkpoint`, whose result is refused where the same weights would be another function.
@@ -57,6 +61,16 @@ class CheckpointHooks:
             if getattr(kind, "name", None) == "LEGACY":
                 check_same_layout("--ckpt-format torch", saved, head_dim)
         return result
+
+    def load_common(self, checkpoint_dir: Any, *rest: Any, **kwargs: Any) -> Any:
+        """`dist_checkpointing.load_common_state_dict`, which Megatron-LM calls first, of a checkpoint that is complete.
+
+        Raises:
+            ValueError: names missing or truncated files, or says that this release is too old for the format.
+        """
+        if self._head_dim() is not None:
+            check_files(checkpoint_dir)
+        return self._load_common(checkpoint_dir, *rest, **kwargs)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """`dist_checkpointing.load` of a checkpoint that is complete and of this model.

@@ -169,6 +169,13 @@ def test_the_installed_release_has_what_the_hooks_replace() -> None:
     CheckpointHooks(stock, lambda: None).check()  # type: ignore[arg-type]
 
 
+def test_a_checkpoint_is_looked_at_before_its_common_state_is_read(tmp_path: Path) -> None:
+    stock = SimpleNamespace(_load_base_checkpoint=lambda load_dir, args, rank0=False: None)
+    hooks_of_a_grid = CheckpointHooks(stock, lambda: HeadDimConfig(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"has no file metadata\.json: it is incomplete"):
+        hooks_of_a_grid.load_common(str(tmp_path))
+
+
 def test_another_signature_is_refused_with_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPTModel, "__init__", lambda self, config, layers: None)
     with pytest.raises(RuntimeError, match=r"GPTModel\.__init__ has no parameter transformer_layer_spec") as refusal:
@@ -178,6 +185,7 @@ def test_another_signature_is_refused_with_the_release(monkeypatch: pytest.Monke
 
 def test_without_the_flags_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     touched = [(TransformerConfig, "__post_init__"), (GPTModel, "__init__"), (dist_checkpointing, "load")]
+    touched.append((dist_checkpointing, "load_common_state_dict"))
     touched.append((parallel_state, "initialize_model_parallel"))
     before = [getattr(owner, name) for owner, name in touched]
     monkeypatch.setitem(sys.modules, "megatron.training", None)  # would fail if it were looked for
