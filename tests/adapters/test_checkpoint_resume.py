@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,12 @@ def test_an_interrupted_run_prints_the_same_losses(
 
 
 def refused(cache: str, flags: str) -> str:
+    said = io.StringIO()
     try:
-        train_saving(cache, flags)
+        with redirect_stderr(said):
+            train_saving(cache, flags)
+    except SystemExit:  # what a value alone tells is refused with the command line
+        return said.getvalue()
     except WrongModelError as mistake:
         parallel_state.destroy_model_parallel()  # a run that fails leaves it standing
         return f"on the ranks: {mistake}"
