@@ -75,7 +75,9 @@ def finish_model(model: GPTModel) -> None:
 
 
 def _strategies(config: TransformerConfig) -> list[type[Exchange]]:
-    head_dim = config.head_dim_parallel
+    head_dim = getattr(config, "head_dim_parallel", None)
+    if head_dim is None:  # a spec can be made before its grid is known; the layers ask for it
+        return []
     return [STRATEGIES[name] for name in candidates(head_dim.exchange, head_dim.n)]
 
 
