@@ -2,31 +2,8 @@
 
 import warnings
 
-from hp_plugin.planner import (
-    Hardware,
-    Layout,
-    ModelShape,
-    Plan,
-    Prediction,
-    Workload,
-    load_hardware,
-    load_model,
-    make_plan,
-    predict,
-)
-
-__all__ = [
-    "Hardware",
-    "Layout",
-    "ModelShape",
-    "Plan",
-    "Prediction",
-    "Workload",
-    "load_hardware",
-    "load_model",
-    "make_plan",
-    "predict",
-]
+from hp_plugin.planner import *  # noqa: F403 - whatever the new name offers
+from hp_plugin.planner import __all__ as __all__
 
 warnings.warn(
     "hp_plugin.cost is hp_plugin.planner now; the old name goes with hp-plugin 0.3", DeprecationWarning, stacklevel=2
