@@ -16,6 +16,8 @@ class AttentionShape:
         rotary: rotated channels per head (0: no rotary embedding).
         stock_core_alone: what is asked for that only stock's inner attention does, each after "cannot": "do flash
             decoding".
+        cache: tokens of each sequence whose keys and values lie in a cache when the pass attends, its own s among them;
+            0: there is none. A decode step has s = 1.
     """
 
     s: int
@@ -31,6 +33,12 @@ class AttentionShape:
     rotary_interleaved: bool = False
     qk_norm: str | None = None
     stock_core_alone: tuple[str, ...] = ()
+    cache: int = 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the pass is one token of each sequence against a cache."""
+        return self.cache > 0 and self.s == 1
 
     @property
     def query_slots(self) -> int:
@@ -129,6 +137,20 @@ class Inner:
     channels: int
 
 
+@dataclass(frozen=True)
+class Cached:
+    """What one rank caches in a layer: keys and values of its key/value heads, `channels` wide, of `tokens` tokens of
+    each of `samples` sequences; on the rank that has most."""
+
+    samples: int
+    tokens: int
+    channels: int
+
+    def elements(self, kv_heads: int) -> int:
+        """Keys and values together."""
+        return 2 * self.samples * self.tokens * kv_heads * self.channels
+
+
 class ExchangeRule:
     """The facts of one exchange strategy, counted per rank and layer; as they stand here, of one that moves nothing.
 
@@ -169,6 +191,10 @@ class ExchangeRule:
         """What inner attention sees of the micro-batch."""
         return Inner(shape.b, shape.s, shape.d)
 
+    def cached(self, shape: AttentionShape) -> Cached | None:
+        """What a rank has of a cache of `shape.cache` tokens of each sequence; None: it cannot have one."""
+        return Cached(shape.b, shape.cache, shape.d)
+
     def traded_in(self, shape: AttentionShape) -> int:
         """Elements traded before attention: queries, gates, keys and values."""
         return 0
@@ -178,8 +204,20 @@ class ExchangeRule:
         return 0
 
     def gathered(self, shape: AttentionShape) -> int:
-        """Elements of keys and values that are gathered from the dim group for attention, this rank's among them."""
+        """Elements of keys and values, decoding of queries too, that are gathered from the dim group for attention,
+        this rank's among them."""
         return 0
+
+    def joined(self, shape: AttentionShape) -> int:
+        """Elements of outputs that a rank's own part of a cache gave, which the dim group joins by their log-sum-exp.
+
+        Each rank puts in whole heads, in the model's dtype, and gets every rank's part of its own slices.
+        """
+        return 0
+
+    def join_sums(self, shape: AttentionShape) -> int:
+        """fp32 numbers received beside it: every other rank's log-sum-exp of each head and token."""
+        return (shape.n - 1) * shape.s * shape.b * shape.output_slots if self.joined(shape) else 0
 
     def leaving(self, shape: AttentionShape) -> float:
         """Where weights move under sequence parallelism: the part of a mean rank's tokens that goes to others at an end
@@ -208,7 +246,8 @@ class ExchangeRule:
 
     def elements(self, shape: AttentionShape) -> int:
         """Elements one rank receives from its dim group in one layer's forward pass."""
-        return (shape.n - 1) * (self.traded_in(shape) + self.traded_out(shape)) // shape.n
+        traded = self.traded_in(shape) + self.traded_out(shape) + self.gathered(shape) + self.joined(shape)
+        return (shape.n - 1) * traded // shape.n
 
     def elements_backward(self, shape: AttentionShape) -> int:
         """The same for the backward pass, recomputation of activations excluded."""
@@ -216,7 +255,7 @@ class ExchangeRule:
 
     def bytes(self, shape: AttentionShape, itemsize: int) -> int:
         """Bytes one rank receives in one layer's forward pass; `itemsize` in bytes."""
-        return self.elements(shape) * itemsize
+        return self.elements(shape) * itemsize + 4 * self.join_sums(shape)
 
     def bytes_backward(self, shape: AttentionShape, itemsize: int) -> int:
         """The same for the backward pass."""

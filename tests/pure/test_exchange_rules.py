@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 
 from hp_plugin.exchange.local.rule import LocalRule
-from hp_plugin.exchange.rule import STOCK, AttentionShape, Inner
-from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.rule import STOCK, AttentionShape, Cached, Inner
+from hp_plugin.exchange.rules import RULES, resolve
 from hp_plugin.exchange.scores.rule import ScoresRule
 
 SHAPES = [
@@ -131,3 +131,48 @@ def test_norms_of_slices_sum_for_every_head_and_token() -> None:
         # Summed by an all-reduce over 2 ranks, and whole in fp32 beside 16-bit scores.
         more = ScoresRule().bytes(shape, 2) - ScoresRule().bytes(plain, 2)
         assert more == 4 * sums * (12 + 3) // 3 * 24 * 6
+
+
+DECODING = AttentionShape(s=1, b=3, h=4, g=2, d=8, m=2, n=4, cache=1000)
+"""2 query heads and one key/value head of a rank, whose slices have 2 channels."""
+
+
+def test_a_cache_is_nowhere_twice() -> None:
+    shape = replace(DECODING, b=8, cache=1024)
+    whole = 2 * 8 * 1024 * shape.g * shape.d
+    for name in ("batch", "sequence", "local"):
+        part = RULES[name].cached(shape)
+        assert part is not None and part.elements(shape.g // shape.m) * shape.m * shape.n == whole
+    assert RULES["batch"].cached(shape) == Cached(2, 1024, 8)
+    assert RULES["sequence"].cached(shape) == Cached(8, 256, 8)
+    assert RULES["local"].cached(shape) == Cached(8, 1024, 2)
+    assert STOCK.cached(shape) == Cached(8, 1024, 8)
+    assert RULES["scores"].cached(shape) is None and RULES["weights"].cached(shape) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 1000, 1023, 1025])
+def test_blocks_of_tokens_go_round_and_the_first_rank_has_most(tokens: int) -> None:
+    held = [sum(token // 16 % 4 == rank for token in range(tokens)) for rank in range(4)]
+    part = RULES["sequence"].cached(replace(DECODING, cache=tokens))
+    assert part is not None and part.tokens == held[0] == max(held)
+
+
+def test_a_decoded_token_goes_to_all_parts_of_the_cache_and_their_outputs_come_back() -> None:
+    rule, shape = RULES["sequence"], DECODING
+    assert rule.missing(shape) is None, "one token is no multiple of 2n, and need not be"
+    assert rule.missing(replace(shape, cache=0)) and rule.missing(replace(shape, s=12))
+    assert rule.inner(shape) == Inner(3, 1, 8)
+    # From each of 3 others: 2 channels of 2 queries, a key and a value, and its part of 2 channels of 2 outputs.
+    received = 3 * 3 * 2 * (2 + 1 + 1) + 3 * 3 * 2 * 2
+    assert rule.elements(shape) == received
+    # A log-sum-exp of 2 heads in fp32 beside it.
+    assert rule.bytes(shape, 2) == 2 * received + 4 * 3 * 3 * 2
+    assert rule.traded_in(shape) == rule.traded_out(shape) == 0
+    # Where n divides b whole samples move less.
+    several = replace(shape, b=4)
+    assert RULES["batch"].bytes(several, 2) == 2 * 3 * 4 * 2 * (2 + 1 + 1 + 2) // 4 < rule.bytes(several, 2)
+
+
+def test_auto_caches_by_samples_where_they_divide() -> None:
+    assert resolve("auto", replace(DECODING, b=4)) == "batch"
+    assert resolve("auto", DECODING) == "sequence"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import AttentionShape, Cached, ExchangeRule, Inner
 
 
 class BatchRule(ExchangeRule):
@@ -18,6 +18,9 @@ class BatchRule(ExchangeRule):
 
     def inner(self, shape: AttentionShape) -> Inner:
         return Inner(shape.b // shape.n, shape.s, shape.d)
+
+    def cached(self, shape: AttentionShape) -> Cached:
+        return Cached(shape.b // shape.n, shape.cache, shape.d)
 
     def traded_in(self, shape: AttentionShape) -> int:
         return (shape.query_slots + shape.key_value_slots) * shape.slice_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import AttentionShape, Cached, ExchangeRule, Inner
 
 
 class LocalRule(ExchangeRule):
@@ -24,3 +24,6 @@ class LocalRule(ExchangeRule):
 
     def inner(self, shape: AttentionShape) -> Inner:
         return Inner(shape.b, shape.s, shape.d // shape.n)
+
+    def cached(self, shape: AttentionShape) -> Cached:
+        return Cached(shape.b, shape.cache, shape.d // shape.n)

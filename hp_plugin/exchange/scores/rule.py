@@ -26,6 +26,9 @@ class ScoresRule(ExchangeRule):
     def inner(self, shape: AttentionShape) -> Inner:
         return Inner(shape.b, shape.s, shape.d // shape.n)
 
+    def cached(self, shape: AttentionShape) -> None:
+        return None
+
     def rotary_halves(self, shape: AttentionShape) -> int:
         if shape.n == 1 or shape.rotary_interleaved:
             return 0

@@ -78,6 +78,9 @@ class WeightsRule(ExchangeRule):
             return Inner(shape.b // shape.n, shape.s, shape.d)
         return Inner(shape.b, shape.s // shape.n, shape.d)
 
+    def cached(self, shape: AttentionShape) -> None:
+        return None
+
     def gathered(self, shape: AttentionShape) -> int:
         return 0 if shape.b % shape.n == 0 else shape.n * shape.key_value_slots * shape.slice_size
 
