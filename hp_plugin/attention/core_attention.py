@@ -20,7 +20,8 @@ class HeadDimCoreAttention:
     """Mixed into the core attention that the stock spec names; parameter-free, so checkpoint keys stay stock.
 
     The exchanges say by shape alone which call is theirs, because selective recompute calls again in backward, when
-    `auto` may already have picked another exchange for the next micro-batch; anything else is stock.
+    `auto` may already have picked another exchange for the next micro-batch; anything else is stock. Beside a cache
+    keys outnumber queries anyway and nothing is recomputed: only the pass's own exchange is asked.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class HeadDimCoreAttention:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        for exchange in self._exchanges:
-            if exchange.attends(query, key, self._turn.caching):
+        caching = self._turn.caching
+        for exchange in (self._turn.exchange,) if caching else self._exchanges:
+            if exchange.attends(query, key, caching):
                 how = replace(self._how, dropout=self._how.dropout if self.training else 0.0)
                 return exchange.attend(query, key, value, self._effective_mask(attention_mask), how)
         return super().forward(query, key, value, attention_mask, **kwargs)

@@ -24,8 +24,9 @@ from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowPa
 from hp_plugin.attention.transformer_config import attention_shape, check_supported
 from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.exchange.kv_cache import check_room
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import RULES, candidates, fitting, way_out
+from hp_plugin.exchange.rules import candidates
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import Exchange, QKVLayout, Turn
 from hp_plugin.grid.groups import HeadDimGroups
@@ -168,6 +169,14 @@ class HeadDimSelfAttention(SelfAttention):
             **kwargs,
         )
 
+    def _adjust_key_value_for_inference(
+        self, inference_context: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As stock, with this rank's part of the cache; an exchange that attends to its own leaves stock none."""
+        if inference_context is not None:
+            inference_context = self._turn.exchange.stock_cache(inference_context, self.layer_number, key)
+        return super()._adjust_key_value_for_inference(inference_context, query, key, *args, **kwargs)
+
     @property
     def _rotates_nothing(self) -> bool:
         """Whether stock exempts this layer from rotary positions, which exchanges that rotate must heed."""
@@ -195,14 +204,17 @@ class HeadDimSelfAttention(SelfAttention):
         shape = attention_shape(self.true_config, self.head_dim, b, s, rotary)
         if biased:
             shape = replace(shape, stock_core_alone=(*shape.stock_core_alone, "add an attention bias"))
-        exchange = self._exchanges[_resolved(self.head_dim, shape)].at(shape)
-        if inference_context is not None and not (exchange.rule.caches and inference_context.is_static_batching()):
-            others = way_out([name for name in fitting(shape) if RULES[name].caches], " with static batching")
+        if inference_context is None:
+            return self._exchanges[_resolved(self.head_dim, shape)].at(shape)
+        if not inference_context.is_static_batching():
             raise ValueError(
-                f"inference with exchange `{exchange.name}` is not supported for {shape.b} sequences of {s} tokens"
-                + (others or f": use static batching, with a batch size divisible by n = {self.head_dim.n}")
+                f"dynamic batching lays tokens of all requests in one row, which cannot be split over n = "
+                f"{self.head_dim.n} ranks: use static batching (StaticInferenceContext)"
             )
-        return exchange
+        check_room(inference_context, s, b)
+        shape = replace(shape, cache=inference_context.sequence_len_offset + s)
+        exchange = self._exchanges[_resolved(self.head_dim, shape)].at(shape)
+        return exchange.with_cache(inference_context, self.layer_number, shape)
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from hp_plugin.refusal import Refusal
@@ -39,6 +40,11 @@ class AttentionShape:
     def decodes(self) -> bool:
         """Whether the pass is one token of each sequence against a cache."""
         return self.cache > 0 and self.s == 1
+
+    @property
+    def behind_cache(self) -> bool:
+        """Whether the pass attends to tokens of earlier passes, too."""
+        return self.cache > self.s
 
     @property
     def query_slots(self) -> int:
@@ -151,6 +157,21 @@ class Cached:
         return 2 * self.samples * self.tokens * kv_heads * self.channels
 
 
+CACHE_BLOCK = 16
+"""Tokens of a sequence that one rank caches before the next rank's turn: what Helix has (arXiv:2507.07120, 2.3)."""
+
+
+def cache_block(tokens: int, n: int) -> int:
+    """Tokens of a block where n ranks share a cache of so many: as many as CACHE_BLOCK if that makes equal parts."""
+    return gcd(tokens // n, CACHE_BLOCK) if tokens % n == 0 else 1
+
+
+def cached_by_tokens(shape: AttentionShape) -> Cached:
+    """What a rank has of a cache where whole heads of every n-th block of tokens are one rank's."""
+    turns, rest = divmod(shape.cache, CACHE_BLOCK * shape.n)
+    return Cached(shape.b, turns * CACHE_BLOCK + min(rest, CACHE_BLOCK), shape.d)
+
+
 class ExchangeRule:
     """The facts of one exchange strategy, counted per rank and layer; as they stand here, of one that moves nothing.
 
@@ -166,7 +187,7 @@ class ExchangeRule:
     moves_weights = False
     """Whether weights move instead of activations."""
     caches = True
-    """Whether stock's key/value cache of static batches works beside it."""
+    """Whether the key/value cache of static batches works beside it."""
     head_axis = False
     """Whether it sends anything over the head axis; otherwise only the dim axis gains by lying inside a node."""
     keeps_statistics = True
@@ -182,6 +203,8 @@ class ExchangeRule:
 
     def refusal(self, shape: AttentionShape) -> Refusal | None:
         """Why this exchange cannot carry `shape` and what is asked for beside it, or None."""
+        if shape.cache and not self.caches:
+            return Refusal("feature", f"`{self.name}` has no key/value cache")
         if shape.stock_core_alone and not self.stock_core:
             return Refusal("feature", f"`{self.name}` cannot {' or '.join(shape.stock_core_alone)}")
         missing = self.missing(shape)

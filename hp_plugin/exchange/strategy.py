@@ -77,7 +77,7 @@ class Turn:
     Args:
         exchange: the strategy that carries this micro-batch.
         angles: those that the exchange rotates by itself.
-        caching: whether stock's key/value cache is in use.
+        caching: whether a key/value cache is in use.
     """
 
     exchange: Exchange
@@ -142,6 +142,17 @@ class Exchange:
     def at(self, shape: AttentionShape) -> Exchange:
         """What carries a micro-batch of this shape: itself, or a variant of it."""
         return self
+
+    def with_cache(self, context: Any, layer: int, shape: AttentionShape) -> Exchange:
+        """What carries a pass of this shape beside a static-batching context: itself, or a variant for this pass."""
+        return self
+
+    def stock_cache(self, context: Any, layer: int, key: Tensor) -> Any:
+        """The static-batching context as stock's attention may see it, or None if it has nothing to cache.
+
+        `key` is `[tokens, sequences, g/m, d]` of this pass; the memory of the layer is to be this rank's part of it.
+        """
+        return context
 
     def parallel_linear(self, layer: type, slots: int) -> tuple[type, dict[str, Any]]:
         """What stands for a parallel layer, of whose sharded axis a rank has `slots` heads, and its parameters."""

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -357,37 +356,3 @@ def test_local_says_once_that_it_is_another_function(ranks: Ranks) -> None:
     for said in ranks.run(4, local_warnings):
         assert len(said) == 1
         assert "attention with 12 heads and 4 query groups of 12 channels instead of 6, 2 and 24" in said[0]
-
-
-# --- inference ------------------------------------------------------------------------------------------------------
-
-
-def cached_against_whole(case: Case) -> float:
-    """Token by token through stock's static KV cache, against one forward pass over the sequence."""
-    cpu_backend.enable()
-    head_dim = HeadDimConfig(case.m, case.n, case.exchange)
-    initialize_head_dim_parallel(head_dim)
-    module = attention_cases.build(case, head_dim, case.h, case.g, case.d).eval()
-    inputs, _ = attention_cases.data(case)
-    rope = attention_cases.angles(case, case.d)
-    with torch.no_grad():
-        whole, _ = module(inputs, None, rotary_pos_emb=rope)
-        cache = StaticInferenceContext(case.b, case.s)
-        parts = []
-        for tokens in inputs.split([5, *[1] * (case.s - 5)]):
-            parts.append(module(tokens, None, rotary_pos_emb=rope, inference_context=cache)[0])
-            cache.sequence_len_offset += tokens.shape[0]
-    parallel_state.destroy_model_parallel()
-    return attention_cases.relative(torch.cat(parts), whole)
-
-
-@pytest.mark.parametrize(("m", "n"), [(2, 2), (1, 4), (4, 1)])
-def test_stock_kv_cache_runs_on_full_heads(ranks: Ranks, m: int, n: int) -> None:
-    case = Case(m, n, "batch", h=4, g=4 if m == 4 else 2, s=9, b=4, rope={})
-    assert max(ranks.run(4, cached_against_whole, case)) < 1e-5
-
-
-def test_inference_on_other_exchanges_is_refused(ranks: Ranks) -> None:
-    cache = StaticInferenceContext(2, 12)
-    for said in ranks.run(4, refused, Case(2, 2, "sequence"), {"inference_context": cache}):
-        assert "inference with exchange `sequence` is not supported" in said

@@ -6,9 +6,10 @@ from fractions import Fraction
 import pytest
 
 from hp_plugin.exchange.local.rule import LocalRule
-from hp_plugin.exchange.rule import STOCK, AttentionShape, Cached, Inner
+from hp_plugin.exchange.rule import STOCK, AttentionShape, Cached, Inner, cache_block
 from hp_plugin.exchange.rules import RULES, resolve
 from hp_plugin.exchange.scores.rule import ScoresRule
+from hp_plugin.exchange.sequence.blocks import Blocks
 
 SHAPES = [
     AttentionShape(s=24, b=6, h=12, g=3, d=30, m=3, n=2),
@@ -147,7 +148,29 @@ def test_a_cache_is_nowhere_twice() -> None:
     assert RULES["sequence"].cached(shape) == Cached(8, 256, 8)
     assert RULES["local"].cached(shape) == Cached(8, 1024, 2)
     assert STOCK.cached(shape) == Cached(8, 1024, 8)
-    assert RULES["scores"].cached(shape) is None and RULES["weights"].cached(shape) is None
+    for b, other in ((8, "batch"), (7, "sequence")):
+        assert RULES["weights"].cached(replace(shape, b=b)) == RULES[other].cached(replace(shape, b=b))
+    assert RULES["scores"].cached(shape) is None
+    assert str(RULES["scores"].refusal(shape)).startswith("`scores` has no key/value cache")
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(1024, 16), (96, 8), (40, 2), (44, 1), (17, 1)])
+def test_blocks_make_equal_parts_where_they_can(tokens: int, block: int) -> None:
+    assert cache_block(tokens, 4) == block
+    held = [sum(token // block % 4 == rank for token in range(tokens)) for rank in range(4)]
+    assert sum(held) == tokens and (tokens % 4 or len(set(held)) == 1)
+    for j in range(4):
+        blocks = Blocks(4, j, block)
+        assert blocks.rows(tokens) == held[j]
+        assert blocks.positions(0, tokens) == [token for token in range(tokens) if token // block % 4 == j]
+        assert blocks.positions(5, 12) == [token for token in range(5, 12) if token // block % 4 == j]
+
+
+def test_a_token_behind_a_cache_has_no_share_of_its_own() -> None:
+    prompt = replace(DECODING, s=16, cache=16)
+    assert RULES["weights"].missing(prompt) is None
+    assert "needs a batch size divisible by n behind a key/value cache" in (RULES["weights"].missing(DECODING) or "")
+    assert RULES["weights"].missing(replace(DECODING, b=8)) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 1000, 1023, 1025])
@@ -160,7 +183,11 @@ def test_blocks_of_tokens_go_round_and_the_first_rank_has_most(tokens: int) -> N
 def test_a_decoded_token_goes_to_all_parts_of_the_cache_and_their_outputs_come_back() -> None:
     rule, shape = RULES["sequence"], DECODING
     assert rule.missing(shape) is None, "one token is no multiple of 2n, and need not be"
-    assert rule.missing(replace(shape, cache=0)) and rule.missing(replace(shape, s=12))
+    assert rule.missing(replace(shape, cache=0)) and rule.missing(replace(shape, s=12)) is None
+    # A prompt that has the chunks is attended to as without a cache; one that has not is as any piece behind one.
+    prompt = replace(shape, s=16, cache=16)
+    assert rule.elements(prompt) == rule.elements(replace(prompt, cache=0)) and not rule.joined(prompt)
+    assert rule.joined(replace(prompt, s=12, cache=12)) and rule.inner(replace(shape, s=12)) == Inner(3, 12, 8)
     assert rule.inner(shape) == Inner(3, 1, 8)
     # From each of 3 others: 2 channels of 2 queries, a key and a value, and its part of 2 channels of 2 outputs.
     received = 3 * 3 * 2 * (2 + 1 + 1) + 3 * 3 * 2 * 2

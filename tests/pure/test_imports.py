@@ -36,7 +36,10 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
     ],
     2: [
         ("upstream",),
-        ("grid.groups", "cpu_backend", "exchange.masks", "exchange.dropout_rng", "exchange.replicas"),
+        (
+            *("grid.groups", "cpu_backend", "exchange.masks", "exchange.dropout_rng", "exchange.kv_cache"),
+            "exchange.replicas",
+        ),
         ("exchange.strategy",),
         tuple(f"exchange.{name}." for name in EXCHANGES if name != "weights"),
         ("exchange.weights.",),  # whose shares attend as those of `batch` and `sequence` do

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hp_plugin.exchange.batch.rule import BatchRule
+from hp_plugin.exchange.kv_cache import SequencesOfRank, reserved
 from hp_plugin.exchange.strategy import Angles, Exchange
 
 
@@ -39,6 +42,14 @@ class BatchExchange(Exchange):
         traded = all_to_all(self.groups.dim, blocks.contiguous())
         # [n, s, b/n, h/m, d/n] -> [s, b, h/m · d/n]
         return traded.transpose(0, 1).reshape(s, share * self.n, -1)
+
+    def stock_cache(self, context: Any, layer: int, key: Tensor) -> Any:
+        """Whole heads of an n-th of the sequences."""
+        if self.n == 1:
+            return context
+        own = SequencesOfRank(context, self.n)
+        reserved(context, layer, context.max_sequence_length, own.max_batch_size, key)
+        return own
 
     def mask_share(self, mask: Tensor | None) -> Tensor | None:
         """Masks of a single sample serve all; masks per sample are cut to this rank's samples."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -10,9 +12,12 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.sequence.attention import sequence_attention
+from hp_plugin.exchange.sequence.cache import TokenCache
 from hp_plugin.exchange.sequence.chunks import chunks_of, in_order, own_tokens, spread
 from hp_plugin.exchange.sequence.rule import SequenceRule
+from hp_plugin.exchange.sequence.spread import SpreadTokens
 from hp_plugin.exchange.strategy import QKV, Angles, CoreSettings, Exchange
 
 
@@ -27,6 +32,21 @@ class SequenceExchange(Exchange):
 
     rule = SequenceRule()
     separates = True
+    cache: TokenCache | None = None
+    """What also has to be filled by this pass, which is a prompt."""
+
+    def with_cache(self, context: Any, layer: int, shape: AttentionShape) -> Exchange:
+        """A prompt that has the chunks fills the cache on its way; every other pass goes to the cache."""
+        cache = TokenCache(context, layer, self.n, self.j, shape.s, shape.b)
+        if shape.behind_cache or shape.s % (2 * self.n):
+            return SpreadTokens(self.rule, self.groups, self.layout, cache)
+        prompt = copy.copy(self)
+        prompt.cache = cache
+        return prompt
+
+    def stock_cache(self, context: Any, layer: int, key: Tensor) -> None:
+        """Nothing for stock to cache: `attend` does."""
+        return None
 
     def to_heads(self, mixed: Tensor) -> QKV:
         """[s, b, slots · d/n] -> queries (and gates) [s/n, b, h/m, d], keys and values [s, b, g/m, d]."""
@@ -57,15 +77,17 @@ class SequenceExchange(Exchange):
 
     def split_angles(self, angles: Angles, config: TransformerConfig) -> tuple[Angles, Angles]:
         """Queries rotate by their own positions, keys by all."""
-        query, key = angles
+        query, key = angles if self.cache is None else (a if a is None else self.cache.of_pass(a) for a in angles)
         return (None if query is None else own_tokens(query, self.j, self.n), key), (None, None)
 
     def attends(self, query: Tensor, key: Tensor, caching: bool) -> bool:
-        """Fewer queries than keys, unless stock's cache makes them so."""
-        return query.shape[0] != key.shape[0] and not caching
+        """Fewer queries than keys."""
+        return query.shape[0] != key.shape[0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
         """This rank's queries against all keys."""
+        if self.cache is not None:
+            self.cache.keep(self.cache.own(key), self.cache.own(value))
         # Never inside itself: recompute enters only the inner fork, from where the outer one began.
         with get_cuda_rng_tracker().fork() if how.dropout and not how.own_stream else nullcontext():
             return sequence_attention(

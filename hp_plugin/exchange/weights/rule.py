@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hp_plugin.exchange.rule import AttentionShape, BlockShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import AttentionShape, BlockShape, Cached, ExchangeRule, Inner, cached_by_tokens
 from hp_plugin.refusal import Refusal
 
 
@@ -34,7 +34,6 @@ class WeightsRule(ExchangeRule):
     moves = "all-gather of weights, reduce-scatter of their gradients; tokens at the ends of a block of layers"
     moves_weights = True
     head_axis = True
-    caches = False
 
     def cannot(self, config: Any) -> tuple[str, ...]:
         balancing = getattr(config, "moe_router_load_balancing_type", None)
@@ -59,6 +58,11 @@ class WeightsRule(ExchangeRule):
         return tuple(what for asked, what in wanted if asked)
 
     def missing(self, shape: AttentionShape) -> str | None:
+        if shape.b % shape.n and shape.behind_cache:
+            return (
+                "needs a batch size divisible by n behind a key/value cache, since a token more cannot be spread: "
+                f"{shape.b} % {shape.n} = {shape.b % shape.n}"
+            )
         if shape.b % shape.n and shape.s % (2 * shape.n):
             return (
                 "needs a micro-batch size divisible by n, or a sequence length divisible by 2n (an early and a late "
@@ -78,8 +82,10 @@ class WeightsRule(ExchangeRule):
             return Inner(shape.b // shape.n, shape.s, shape.d)
         return Inner(shape.b, shape.s // shape.n, shape.d)
 
-    def cached(self, shape: AttentionShape) -> None:
-        return None
+    def cached(self, shape: AttentionShape) -> Cached:
+        if shape.b % shape.n == 0:
+            return Cached(shape.b // shape.n, shape.cache, shape.d)
+        return cached_by_tokens(shape)
 
     def gathered(self, shape: AttentionShape) -> int:
         return 0 if shape.b % shape.n == 0 else shape.n * shape.key_value_slots * shape.slice_size

@@ -59,8 +59,8 @@ class WeightsExchange(BatchExchange):
         return context
 
     def attends(self, query: Tensor, key: Tensor, caching: bool) -> bool:
-        """Where the variant does."""
-        return self._by_tokens.attends(query, key, caching)
+        """Where the variant does; a cache has more keys than queries, too."""
+        return not caching and self._by_tokens.attends(query, key, caching)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
         """As the variant does."""
