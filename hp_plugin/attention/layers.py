@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor
 
-from hp_plugin.checkpoint.pieces import grid_pieces
+from hp_plugin.checkpoint.pieces import grid_piece
 from hp_plugin.exchange.strategy import QKV, Turn
 from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.grid.ownership import SlicedAxis
@@ -63,14 +63,14 @@ class _GridShard:
         return self.grid_axis.owned(*self.grid_groups.coordinates)
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Stock's keys and global tensors; what the grid shards is described as this rank's pieces of them."""
+        """Stock's keys and global tensors; what the grid shards is described as this rank's piece of them."""
         described = super().sharded_state_dict(prefix, *args, **kwargs)
         if self.grid_axis.n == 1:
             return described
         for name in self.sharded_parameters:
             if isinstance(described.get(prefix + name), ShardedTensor):
-                described[prefix + name] = grid_pieces(
-                    described[prefix + name], self.shard_dim, self.grid_axis, *self.grid_groups.coordinates
+                described[prefix + name] = grid_piece(
+                    described[prefix + name], self.shard_dim, self.grid_axis, self.grid_groups
                 )
         return described
 

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hp_plugin.attention.finalization import finalize_on_grid
 from hp_plugin.checkpoint.optimizer_fence import fence_optimizer_state
+from hp_plugin.checkpoint.pieces import trade_together
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.grid.ranks import DEFAULT_ORDER, Grid, tensor_parallel_groups
@@ -132,7 +133,7 @@ class _Registration:
 
     def __init__(self, groups: HeadDimGroups) -> None:
         self.groups = groups
-        self._take_away = [fence_optimizer_state(groups.grid), finalize_on_grid(groups)]
+        self._take_away = [fence_optimizer_state(groups.grid), trade_together(), finalize_on_grid(groups)]
         self._destroy: Callable[[], None] = parallel_state.destroy_model_parallel
         self._collect = ProcessGroupCollection.__dict__["use_mpu_process_groups"]
         self._getters = {

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m hp_plugin.bench.checkpoint --head-dim-parallel 2,2
 
 Both models have the same global tensors, parameters and Adam state, and take turns; printed are the medians and their
-ratios. Megatron-Core plans and writes tensors piece by piece, and a grid has a piece for every slot of a head group
-where stock has one: what that costs depends on the size of a piece, d/n × D, which is printed too.
+ratios, and bytes and pieces of both checkpoints. A save in the background has two times: until training would go on,
+and until it is on disk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hp_plugin.grid.ownership import slots_per_group
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import prepare_device, running_ranks
 from hp_plugin.training.step import Trainer, build_trainer
 from hp_plugin.training.transformer import build_transformer_config
+from hp_plugin.upstream.checkpoint_format import own_queue
 
 
 def main() -> None:
@@ -53,15 +56,11 @@ def main() -> None:
         for round_ in range(args.warmup + args.rounds):
             for name, trainer in trainers.items():
                 target = folder / name
-                if dist.get_rank() == 0:
-                    shutil.rmtree(target, ignore_errors=True)
-                    target.mkdir()
-                for action, work in (("save", _save), ("load", _load)):
-                    seconds = _seconds(work, trainer, str(target))
+                for action, seconds in _turn(trainer, target).items():
                     if round_ >= args.warmup:
                         times.setdefault((action, name), []).append(seconds)
         if dist.get_rank() == 0:
-            _report(args, config, times, sum(file.stat().st_size for file in (folder / "grid").iterdir()))
+            _report(args, config, times, folder)
             shutil.rmtree(folder)
 
 
@@ -97,21 +96,46 @@ def _config(args: argparse.Namespace) -> TrainingConfig:
     )
 
 
-def _save(trainer: Trainer, folder: str) -> None:
+def _turn(trainer: Trainer, target: Path) -> dict[str, float]:
+    """Saves in both ways and loads what was saved last; seconds of each."""
+    queue = AsyncCallsQueue()
+    _clear(target)
+    found = {"save": _seconds(lambda: _save(trainer, target), trainer)}
+    _clear(target)
+    found["async save, until training goes on"] = _seconds(lambda: _begin_save(trainer, target, queue), trainer)
+    rest = _seconds(lambda: queue.maybe_finalize_async_calls(blocking=True), trainer)
+    found["async save, until it is on disk"] = found["async save, until training goes on"] + rest
+    found["load"] = _seconds(lambda: _load(trainer, target), trainer)
+    queue.close()
+    return found
+
+
+def _clear(target: Path) -> None:
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
     metadata = content_metadata(trainer)
-    dist_checkpointing.save(sharded_state(trainer, 1, metadata), folder)
+    dist_checkpointing.save(sharded_state(trainer, 1, metadata), str(folder))
 
 
-def _load(trainer: Trainer, folder: str) -> None:
+def _begin_save(trainer: Trainer, folder: Path, queue: AsyncCallsQueue) -> None:
+    state = sharded_state(trainer, 1, content_metadata(trainer))
+    queue.schedule_async_request(dist_checkpointing.save(state, str(folder), async_sharded_save=True, **own_queue()))
+
+
+def _load(trainer: Trainer, folder: Path) -> None:
     state = sharded_state(trainer, 1, content_metadata(trainer), loading=True)
-    restore(trainer, dist_checkpointing.load(state, folder))
+    restore(trainer, dist_checkpointing.load(state, str(folder)))
 
 
-def _seconds(work: Callable[[Trainer, str], None], trainer: Trainer, folder: str) -> float:
+def _seconds(work: Callable[[], object], trainer: Trainer) -> float:
     """The slowest rank's."""
     dist.barrier()
     start = time.perf_counter()
-    work(trainer, folder)
+    work()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = torch.tensor(time.perf_counter() - start, device=trainer.device)
@@ -128,18 +152,18 @@ def _from_rank_0(value: str) -> str:
 
 
 def _report(
-    args: argparse.Namespace, config: TrainingConfig, times: dict[tuple[str, str], list[float]], size: int
+    args: argparse.Namespace, config: TrainingConfig, times: dict[tuple[str, str], list[float]], folder: Path
 ) -> None:
     head_dim = config.head_dim
     assert head_dim is not None
-    slots = config.query_groups * slots_per_group(config.num_attention_heads, config.query_groups) // head_dim.m
-    piece = args.kv_channels // head_dim.n * args.hidden_size * 4
     print(
-        f"checkpoint of {size / 2**20:.0f} MiB, {dist.get_world_size()} ranks, {args.num_layers} layers, "
-        f"D={args.hidden_size} h={args.num_attention_heads} d={args.kv_channels}, {args.rounds} interleaved rounds; "
-        f"a rank's QKV weight is {slots} pieces of {piece / 2**10:.0f} KiB on the grid, 1 on stock"
+        f"{dist.get_world_size()} ranks, {args.num_layers} layers, D={args.hidden_size} h={args.num_attention_heads} "
+        f"d={args.kv_channels}, {args.rounds} interleaved rounds"
     )
-    for action in ("save", "load"):
+    for name in ("stock", "grid"):
+        size = sum(file.stat().st_size for file in (folder / name).iterdir())
+        print(f"  {name:5s} writes {size} bytes, {_pieces(folder / name)} pieces of tensors")
+    for action in dict.fromkeys(action for action, _ in times):
         median = {name: statistics.median(times[action, name]) for name in ("stock", "grid")}
         for name in ("stock", "grid"):
             values = times[action, name]
@@ -151,6 +175,11 @@ def _report(
             f"  {action}: grid {head_dim.m}x{head_dim.n} takes "
             f"{median['grid'] / median['stock']:.2f} times as long as stock"
         )
+
+
+def _pieces(folder: Path) -> int:
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    return sum(len(tensor.chunks) for tensor in stored if isinstance(tensor, TensorStorageMetadata))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from hp_plugin.checkpoint.pieces import only_described
 from hp_plugin.upstream.checkpoint_format import COMMON_FILE, common_state_is_sharded, reads_sharded_common_state
 
 SHOWN = 3
@@ -167,7 +168,8 @@ def _metadata(folder: Path) -> Metadata:
 def _expected(sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
     found: list[ShardedTensor] = []
     for entry in nested_values(extract_sharded_tensors_and_factories(sharded_state_dict)[0]):
-        built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        with only_described():
+            built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         values = [built] if isinstance(built, ShardedTensor) else list(nested_values(built))
         found += [value for value in values if isinstance(value, ShardedTensor)]
     return found

@@ -63,6 +63,19 @@ class SlicedAxis:
         """The stock indices that rank (i, j) owns, in local order."""
         return [index for run in self.runs(i, j) for index in run]
 
+    def shared_runs(self, j: int, k: int) -> tuple[range, range]:
+        """The runs of slice j that lie in the k-th of n equal stock parts of a head group, the same for every group.
+
+        A head group's runs, slot by slot and slice by slice, are the stock order of its channels, so that `slots/m` of
+        them in a row are a contiguous n-th of it: what a rank of stock tensor parallelism holds.
+
+        Returns:
+            their slots in slice j, local numbers in a row; and their places among the runs of part k, n apart.
+        """
+        first, last = (-((j - part * self.local_slots) // self.n) for part in (k, k + 1))  # rounded up
+        start = first * self.n + j - k * self.local_slots
+        return range(first, last), range(start, start + (last - first) * self.n, self.n)
+
     def permutation(self, owners: Iterable[tuple[int, int]] | None = None) -> list[int]:
         """Stock indices in the order in which TP ranks 0 … m·n-1 own them; split evenly, it gives each rank its own.
 

@@ -118,7 +118,7 @@ def test_checkpoints_do_not_see_the_order_of_ranks(ranks: Ranks, tmp_path: Path)
 
 def without_slices(path: str) -> list[str]:
     """A grid that describes its shards as stock does, contiguous: what must not go unnoticed by the tests above."""
-    layers.grid_pieces = lambda stock, *args: stock
+    layers.grid_piece = lambda stock, *args: stock
     try:
         options = MODELS["gqa-bias"]
         with trainer_on(training_config(STOCK, **options)) as trainer:
@@ -130,9 +130,9 @@ def without_slices(path: str) -> list[str]:
             load(trainer, folder)
             return same(snapshot(trainer), expected)
     finally:
-        from hp_plugin.checkpoint.pieces import grid_pieces
+        from hp_plugin.checkpoint.pieces import grid_piece
 
-        layers.grid_pieces = grid_pieces
+        layers.grid_piece = grid_piece
 
 
 def test_without_the_pieces_exactly_the_grid_weights_come_out_wrong(ranks: Ranks, tmp_path: Path) -> None:

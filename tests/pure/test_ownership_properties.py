@@ -47,6 +47,24 @@ def test_what_is_cut_by_the_permutation_comes_back(shape: AttentionShape) -> Non
 
 @EXAMPLES
 @given(grid_shapes())
+def test_traded_slices_are_contiguous_parts_of_the_stock_axis(shape: AttentionShape) -> None:
+    """By the runs that a slice and a part share, every part is filled once, in stock order."""
+    for axis in axes(shape):
+        for i in range(shape.m):
+            whole = [index for j in range(shape.n) for index in axis.owned(i, j)]
+            parts = [[-1] * axis.local_size for _ in range(shape.n)]
+            for j in range(shape.n):
+                runs = axis.runs(i, j)
+                for k in range(shape.n):
+                    slots, places = axis.shared_runs(j, k)
+                    for slot, place in zip(slots, places, strict=True):
+                        start = place * axis.local_width
+                        parts[k][start : start + axis.local_width] = runs[slot]
+            assert [index for part in parts for index in part] == sorted(whole)
+
+
+@EXAMPLES
+@given(grid_shapes())
 def test_a_rank_projects_the_heads_and_channels_that_it_queries(shape: AttentionShape) -> None:
     """The columns of the projection that a rank owns are the (head, channel) pairs of its rows of queries, in order."""
     rows, columns = axes(shape)
