@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from hp_plugin.compare.ranks.peak_memory import return_free_memory
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import running_ranks
+from hp_plugin.training.peak_memory import return_free_memory
 from hp_plugin.training.step import Trainer, build_trainer
 from hp_plugin.training.transformer import build_transformer_config
 

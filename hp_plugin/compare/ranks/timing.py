@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from hp_plugin.compare.entries.entrant import Entrant
-from hp_plugin.compare.ranks.peak_memory import peak_bytes, reset_peak
 from hp_plugin.compare.ranks.running import batches, built
 from hp_plugin.compare.ranks.traffic import Traffic, counted
+from hp_plugin.training.peak_memory import peak_bytes, reset_peak
 from hp_plugin.training.step import Trainer, forward_step, train_step
 
 Sample = dict[str, Any]

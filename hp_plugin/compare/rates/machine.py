@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hp_plugin.compare.ranks.peak_memory import peak_bytes
 from hp_plugin.compare.ranks.together import cpu_cores
 from hp_plugin.compare.rates.collective_curves import measure_curves
 from hp_plugin.compare.rates.kernel_rates import (
@@ -21,6 +20,7 @@ from hp_plugin.compare.rates.kernel_rates import (
     memory_bandwidth,
     softmax_bandwidth,
 )
+from hp_plugin.training.peak_memory import peak_bytes
 
 _ALONE = "none: one domain holds all ranks, and layouts of more come out as never ending"
 
