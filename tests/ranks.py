@@ -248,6 +248,8 @@ def _tear_down_megatron() -> None:
 
     from hp_plugin.upstream.moe_log import forget_figures
 
+    for kind in ("FLASH", "FUSED", "UNFUSED"):  # what a model sets for its attention backend, and the next may not
+        os.environ.pop(f"NVTE_{kind}_ATTN", None)
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()

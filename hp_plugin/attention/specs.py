@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention.experts import MARKED_EXPERTS
+from hp_plugin.attention.fused_core import with_fused_core
 from hp_plugin.attention.layers import submodule_spec
 from hp_plugin.attention.recompute import OWN_BIAS, recomputes_mlp
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
@@ -59,7 +60,7 @@ def head_dim_spec(
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
         )
-    swapped = sequence_parallel_norms(mended_mlps(swapped, config), config, vp_stage)
+    swapped = sequence_parallel_norms(mended_mlps(with_fused_core(swapped, config), config), config, vp_stage)
     for exchange in _strategies(config):
         swapped = exchange.whole_layers(swapped, config, vp_stage, submodule_spec)
     return swapped

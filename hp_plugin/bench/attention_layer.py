@@ -19,17 +19,20 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
+from hp_plugin.attention.fused_core import with_fused_core
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, RULES
 from hp_plugin.grid.ranks import DIM_INNERMOST
+from hp_plugin.training.config import BACKENDS
 
 
 def main() -> None:
@@ -72,6 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-attention-heads", type=int, default=16)
     parser.add_argument("--num-query-groups", type=int, default=2)
     parser.add_argument("--kv-channels", type=int, default=64)
+    parser.add_argument("--attention-backend", choices=BACKENDS, default="auto", help="of both layers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="then print where rank 0 spends its time in each layer")
@@ -88,13 +92,14 @@ def _layer(args: argparse.Namespace, head_dim: HeadDimConfig | None) -> nn.Modul
         tensor_model_parallel_size=dist.get_world_size(),
         use_cpu_initialization=True,
         attention_dropout=0.0,
+        attention_backend=AttnBackend[args.attention_backend],
     )
     config = (
         TransformerConfig(**settings)
         if head_dim is None
         else HeadDimTransformerConfig(**settings, head_dim_parallel=head_dim)
     )
-    spec = get_gpt_layer_local_spec()
+    spec = with_fused_core(get_gpt_layer_local_spec(), config)
     spec = spec if head_dim is None else head_dim_spec(spec, config)
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hp_plugin.compare.entries.catalogue import MODELS
 from hp_plugin.compare.entries.suites import MODES, SUITES
+from hp_plugin.training.config import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="train (default), forward, or both (default of a suite)")
     parser.add_argument("--ranks", type=int, help="processes to start (default: what the largest layout takes)")
     parser.add_argument("--global-batch", type=int, help="sequences per step, in place of the model's")
+    parser.add_argument(
+        "--attention-backend", choices=BACKENDS, help="core attention of all layouts (default: auto, stock's choice)"
+    )
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a layout per round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all layouts")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="directory; every model has one of its own")

@@ -68,6 +68,8 @@ def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
     model = catalogue_model(comparison.model)
     if args.global_batch is not None:
         model = replace(model, batch=args.global_batch)
+    if args.attention_backend is not None:
+        model = replace(model, options=model.options | {"attention_backend": args.attention_backend})
     texts = list(comparison.layouts)
     if len(set(texts)) < len(texts):
         raise ValueError("--layouts: one is given twice")

@@ -115,6 +115,7 @@ def _given_options(config: Any) -> dict[str, Any]:
         "num_layers", "hidden_size", "num_attention_heads", "query_groups", "kv_channels", "ffn_hidden_size",
         "seq_length", "global_batch_size", "padded_vocab_size", "position_embedding_type", "normalization", "swiglu",
         "num_experts", "moe_router_topk", "moe_expert_capacity_factor", "fp16", "bf16",
+        "attention_backend",
     )  # fmt: skip
     return {name: getattr(config, name) for name in names}
 

@@ -23,6 +23,8 @@ from hp_plugin.training.options import (
 
 BYTE_VOCABULARY = 256
 IMPLEMENTATIONS = ("local", "transformer_engine")
+BACKENDS = ("flash", "fused", "unfused", "local", "auto")
+"""Megatron-Core's `AttnBackend`s."""
 RECOMPUTED = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
 """What Megatron-Core recomputes by name, from `TransformerConfig.__post_init__`."""
 
@@ -67,6 +69,9 @@ class NetworkOptions:
         128, "pad the vocabulary to a multiple of this, whatever the layout", POSITIVE
     )
     transformer_impl: str = option("local", "layer implementation", choices=IMPLEMENTATIONS)
+    attention_backend: str = option(
+        "auto", "core attention: torch's fused kernels (flash, fused), stock's own (others)", choices=BACKENDS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin import cpu_backend
+from hp_plugin.attention.fused_core import with_fused_core
 from hp_plugin.attention.specs import head_dim_spec, mended_mlps, sequence_parallel_norms
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
 from hp_plugin.training.config import TrainingConfig
@@ -75,6 +77,7 @@ def build_transformer_config(config: TrainingConfig, world_size: int | None = No
         "ffn_hidden_size": mlp_width(config),
         "add_bias_linear": not config.disable_bias_linear,
         "gated_linear_unit": config.swiglu,
+        "attention_backend": AttnBackend[config.attention_backend],
         "activation_func": F.silu if config.swiglu else F.gelu,
         "layernorm_epsilon": config.norm_epsilon,
         "recompute_granularity": granularity,
@@ -139,7 +142,7 @@ def build_layer_spec(config: TrainingConfig, transformer_config: TransformerConf
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     if config.head_dim is not None:
         return head_dim_spec(spec, transformer_config, vp_stage=chunk)
-    spec = mended_mlps(spec, transformer_config)
+    spec = mended_mlps(with_fused_core(spec, transformer_config), transformer_config)
     if transformer_config.sequence_parallel and config.transformer_impl == "local":
         return sequence_parallel_norms(spec, transformer_config, vp_stage=chunk)
     return spec

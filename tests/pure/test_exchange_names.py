@@ -30,6 +30,8 @@ OTHER_MEANINGS = {
     # Megatron-Core's own layers, and the rates of their kernels
     ("hp_plugin.training.config", "('local', 'transformer_engine')"): 1,
     ("hp_plugin.training.config", "option('local', 'layer implementation', choices=IMPLEMENTATIONS)"): 1,
+    ("hp_plugin.training.config", "('flash', 'fused', 'unfused', 'local', 'auto')"): 1,
+    ("hp_plugin.compare.report.markdown", "backend == 'auto'"): 1,
     ("hp_plugin.training.checks", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.moe", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.transformer", "config.transformer_impl == 'local'"): 1,

@@ -52,10 +52,12 @@ def described(report: dict[str, Any]) -> str:
     )
     experts = f", {options['num_experts']} experts top-{options['moe_router_topk']}" if options["num_experts"] else ""
     precision = "fp16" if options["fp16"] else "bf16" if options["bf16"] else "fp32"
+    backend = options.get("attention_backend", "auto")  # which earlier reports do not say
+    core = "" if backend == "auto" else f", --attention-backend {backend}"
     return (
         f"{options['num_layers']} layers, {options['num_attention_heads']} heads, {options['query_groups']} key/value "
         f"heads, hidden {options['hidden_size']}{experts}; {options['global_batch_size']} sequences of "
-        f"{options['seq_length']} per step; {precision}. Scale: {report['scale']}. Measured with {where}."
+        f"{options['seq_length']} per step; {precision}{core}. Scale: {report['scale']}. Measured with {where}."
     )
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
+from hp_plugin.exchange.fused_kernels import by_kv_group, by_token, grouped_attention, mask_by_kv_group
 from hp_plugin.exchange.masks import hidden_keys, mask_rows
-
-FLASH_HEAD_DIM = 256
-"""Head dimensions up to this have a fused CUDA kernel that reads shared key heads in place (FlashAttention-2)."""
 
 
 def sequence_attention(
@@ -35,38 +32,27 @@ def sequence_attention(
     Returns:
         `[s/n, b, h/m · d]`.
     """
-    size = query.shape[0] // 2
-    share = query.shape[2] // key.shape[2]
-    in_place = query.is_cuda and query.shape[3] <= FLASH_HEAD_DIM and mask is None and window is None
-    if share > 1 and not in_place:
-        key, value = key.repeat_interleave(share, dim=2), value.repeat_interleave(share, dim=2)
-    # [s, b, heads, d] -> [b, heads, s, d]
-    keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+    size, kv_groups = query.shape[0] // 2, key.shape[2]
     outputs = []
-    for chunk, part in zip(chunks, query.permute(1, 2, 0, 3).split(size, dim=2), strict=True):
+    for chunk, part in zip(chunks, query.split(size), strict=True):
         rows = range(chunk * size, (chunk + 1) * size)
         visible = rows.stop if causal and mask is None and window is None else key.shape[0]
-        attn_mask: Tensor | None
+        hidden = bias = None
         if mask is not None and window is None:
-            hidden = mask_rows(mask, rows)
-            # Megatron-Core hides a score by -10000, so a query that sees no key at all averages over every key.
-            blind = hidden.all(dim=-1, keepdim=True)
-            part, attn_mask = part.masked_fill(blind, 0.0), ~hidden | blind
+            hidden = mask_by_kv_group(mask_rows(mask, rows), kv_groups)
         elif causal and window is None:
-            attn_mask = causal_lower_right(size, visible)
+            bias = causal_lower_right(size, visible)
         else:
             hidden = hidden_keys(rows, visible, causal, window, query.device)
-            attn_mask = None if hidden is None else ~hidden
         outputs.append(
-            scaled_dot_product_attention(
-                part,
-                keys[:, :, :visible],
-                values[:, :, :visible],
-                attn_mask=attn_mask,
-                dropout_p=dropout,
+            grouped_attention(
+                by_kv_group(part, kv_groups),
+                key[:visible],
+                value[:visible],
+                hidden=hidden,
+                bias=bias,
                 scale=scale,
-                enable_gqa=share > 1 and in_place,
+                dropout=dropout,
             )
         )
-    # [b, h/m, s/n, d] -> [s/n, b, h/m · d]
-    return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(2)
+    return by_token(torch.cat(outputs, dim=2), kv_groups)
