@@ -6,15 +6,19 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import gcd
+from math import gcd, isqrt
 
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, candidates, resolve
 from hp_plugin.grid.ranks import DIM_INNERMOST, Grid
-from hp_plugin.refusal import Refusal, RefusedError
+from hp_plugin.refusal import Refusal, RefusedError, shown
 
 WIDEST = "auto"
 """What flags take in place of m,n for the widest head axis that a given TP size allows."""
+_SEARCHED, _LISTED = 10**5, 8
+"""Up to where divisors are looked for, and how many a message names: messages stay short, and come at once."""
+_DIGITS = 9
+"""Of a number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class HeadDimConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", Grid(self.m, self.n, self.order))
         if self.exchange not in EXCHANGES:
-            near = difflib.get_close_matches(str(self.exchange), EXCHANGES, n=1)
+            near = difflib.get_close_matches(shown(self.exchange), EXCHANGES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown exchange {self.exchange!r}: choose from {', '.join(EXCHANGES)}{hint}")
+            raise ValueError(f"unknown exchange {shown(self.exchange)}: choose from {', '.join(EXCHANGES)}{hint}")
 
     @classmethod
     def of(
@@ -67,7 +71,7 @@ class HeadDimConfig:
             return cls(head_dim[0], head_dim[1], exchange or AUTO, order or DIM_INNERMOST)
         raise ValueError(
             f'head_dim_parallel takes a HeadDimConfig, "m,n" or a pair (m, n), for example HeadDimConfig(4, 4); '
-            f"got {head_dim!r}"
+            f"got {shown(head_dim)}"
         )
 
     @classmethod
@@ -77,9 +81,9 @@ class HeadDimConfig:
         Raises:
             ValueError: the text is not two positive integers with a comma between them.
         """
-        numbers = re.fullmatch(r"\s*([+-]?\d+)\s*,\s*([+-]?\d+)\s*", text)
+        numbers = re.fullmatch(rf"\s*([+-]?\d{{1,{_DIGITS}}})\s*,\s*([+-]?\d{{1,{_DIGITS}}})\s*", text, re.ASCII)
         if numbers is None:
-            raise ValueError(f"--head-dim-parallel takes two integers m,n (for example 4,4), got {text!r}")
+            raise ValueError(f"--head-dim-parallel takes two integers m,n (for example 4,4), got {shown(text)}")
         return cls(int(numbers[1]), int(numbers[2]), exchange, order)
 
     @classmethod
@@ -146,18 +150,27 @@ class HeadDimConfig:
             said = f"num_attention_heads ({h}) must be a multiple of num_query_groups ({g})"
             raise RefusedError([Refusal("heads per group", said)])
         if h % self.m or g % self.m:
-            fitting = _divisors(gcd(h, g))
             said = (
                 f"head-dim-parallel m={self.m} must divide both num_attention_heads ({h}) and num_query_groups "
-                f"({g}): m could be {_listed(fitting)}; spread the rest of the {self.size} ranks over n"
+                f"({g}): {self._fitting_grids(h, g, d)}"
             )
             raise RefusedError([Refusal("grid heads", said)])
         if d % self.n:
             said = (
                 f"head-dim-parallel n={self.n} must divide the head dimension kv_channels ({d}): "
-                f"n could be {_listed(_divisors(d))}"
+                f"{self._fitting_grids(h, g, d)}"
             )
             raise RefusedError([Refusal("grid head dimension", said)])
+
+    def _fitting_grids(self, h: int, g: int, d: int) -> str:
+        """The grids of as many ranks that these heads allow; where there are none, what m and n could be."""
+        widest = gcd(h, g)
+        grids = [f"{m},{self.size // m}" for m in _divisors(gcd(widest, self.size)) if d % (self.size // m) == 0]
+        if grids:
+            return f"{self.size} ranks could be {_listed(grids, 'or')}"
+        return (
+            f"no grid of {self.size} ranks fits; m could be {_listed(_divisors(widest))}, and n {_listed(_divisors(d))}"
+        )
 
     def without_slices(self, h: int | None, g: int | None) -> str:
         """The way out where slices are: a grid with n = 1, as far as h heads and g query groups allow it."""
@@ -189,8 +202,13 @@ class HeadDimConfig:
 
 
 def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
+    low = [k for k in range(1, min(isqrt(number), _SEARCHED) + 1) if number % k == 0]
+    return sorted({*low, *(number // k for k in low)})
 
 
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _listed(values: Sequence[object], last: str = "") -> str:
+    """The first of them; `last` in front of the last one, where all are listed."""
+    words = list(map(str, values))
+    if len(words) > _LISTED:
+        return ", ".join(words[:_LISTED]) + ", …"
+    return ", ".join(words[:-1]) + f" {last} {words[-1]}" if last and len(words) > 1 else ", ".join(words)

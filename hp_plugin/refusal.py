@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_SHOWN = 60  # characters of a wrong value that a message repeats
+
+
+def shown(value: object) -> str:
+    """A value as a message repeats it: the first characters of its `repr`, on one line."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, a list in itself ten thousand deep
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.exchange.advice import unsupported_by
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import AUTO_ORDER, RULES, fitting, way_out
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.refusal import Refusal, RefusedError
 
 
@@ -59,7 +60,9 @@ class HeadDimTransformerConfig(TransformerConfig):
         """A layer's shape, where micro-batch and sequence are given."""
         if self.head_dim_parallel is None or self.micro_batch_size is None or self.seq_length is None:
             return None
-        return attention_shape(self, self.head_dim_parallel, self.micro_batch_size, self.seq_length)
+        # How many channels rotate is the model's to say, not the configuration's; how they are paired, only if some do.
+        rotary = self.kv_channels if self.rotary_interleaved else 0
+        return attention_shape(self, self.head_dim_parallel, self.micro_batch_size, self.seq_length, rotary)
 
 
 def attention_shape(
@@ -161,25 +164,9 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
     if getattr(config, "log_max_attention_logit", False):
         said = f"--log-max-attention-logit reads whole heads of the whole micro-batch: {whole}"
         refusals.append(Refusal("feature", said))
-    return [*refusals, *_unsupported_by_exchange(config, head_dim.exchange, shape)]
-
-
-def _unsupported_by_exchange(config: Any, exchange: str, shape: AttentionShape | None) -> Iterator[Refusal]:
-    if exchange not in RULES:  # none was asked for by name
-        return
-    rule, alone = RULES[exchange], stock_core_alone(config)
-    if shape is None:
-        others = way_out([name for name in AUTO_ORDER if not alone or RULES[name].stock_core], " where it fits")
-    else:
-        others = way_out(fitting(shape))
-    if not rule.exact and hasattr(config, "yarn_rotary_scaling_factor"):
-        yield Refusal("feature", f"`{exchange}` cannot place YaRN frequencies on slices{others}")
-    for what in rule.cannot(config):
-        able = [name for name in AUTO_ORDER if what not in RULES[name].cannot(config)]
-        yield Refusal("feature", f"exchange `{exchange}` cannot {what}{way_out(able, ' where it fits')}")
-    if not rule.stock_core:
-        for what in alone:
-            yield Refusal("feature", f"exchange `{exchange}` cannot {what}{others}")
+    if head_dim.exchange not in RULES:  # none was asked for by name
+        return refusals
+    return [*refusals, *unsupported_by(head_dim.exchange, config, stock_core_alone(config), shape)]
 
 
 def stock_core_alone(config: Any) -> tuple[str, ...]:

@@ -38,6 +38,6 @@ def mask_rows(mask: Tensor, queries: range) -> Tensor:
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise ValueError(
             f"an attention mask of shape {tuple(mask.shape)} cannot be used here: exchanges `sequence` and `scores` "
-            "take [b or 1, 1, s or 1, s]; --head-dim-exchange batch takes masks per head"
+            "take [b or 1, 1, s or 1, s]; --head-dim-exchange batch takes masks per head, where n divides the batch"
         )
     return mask if mask.shape[2] == 1 else mask[:, :, queries.start : queries.stop]

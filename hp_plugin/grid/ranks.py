@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from hp_plugin.refusal import shown
+
 DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 """Megatron-Core's order of the parallel dimensions over the world's ranks, `tp` being the innermost."""
 
@@ -32,12 +34,12 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise ValueError(f"unknown head-dim-order {self.order!r}: choose from {', '.join(ORDERS)}")
+            raise ValueError(f"unknown head-dim-order {shown(self.order)}: choose from {', '.join(ORDERS)}")
         for name, size in (("m", self.m), ("n", self.n)):
             if isinstance(size, bool) or not isinstance(size, int):
-                raise ValueError(f"head-dim-parallel {name} must be an integer, got {size!r}")
+                raise ValueError(f"head-dim-parallel {name} must be an integer, got {shown(size)}")
             if size < 1:
-                raise ValueError(f"head-dim-parallel {name} must be at least 1, got {size}")
+                raise ValueError(f"head-dim-parallel {name} must be at least 1, got {shown(size)}")
         if 1 in (self.m, self.n):
             object.__setattr__(self, "order", DIM_INNERMOST)
 

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
-_SHOWN = 60  # characters of a wrong value that a message repeats
+from hp_plugin.refusal import shown
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,6 @@ def settled_value(known: Field[Any], value: Any) -> Any:
     if choices is not None:
         _check_choice(name, settled, choices)
     return settled
-
-
-def shown(value: Any) -> str:
-    """A value as a message repeats it: the first characters of its `repr`."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _tuple(name: str, value: Any, kind: str, choices: tuple[str, ...] | None, domain: Domain | None) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ def test_a_layout_with_another_loss_is_not_timed() -> None:
     ("options", "said"),
     [
         (["--layouts", "tp=3", "--ranks", "4"], "takes a multiple of tp·pp·cp = 3 GPUs, and 4 is none"),
-        (["--layouts", "grid=4x1"], "m could be 1, 2"),
+        (["--layouts", "grid=4x1"], "4 ranks could be 1,4 or 2,2"),
         (["--layouts", "tp=4", "tp=4"], "one is given twice"),
         (["--layouts", "tp=4", "--model", "tiny-gpa"], "did you mean tiny-gqa?"),
         (["--layouts", "tp=4", "--rounds", "0"], "--rounds must be positive, got 0"),

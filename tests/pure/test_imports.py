@@ -21,10 +21,12 @@ EXCHANGES = sorted(path.parent.name for path in (PACKAGE / "exchange").glob("*/r
 # folder or a module; a longer name is a room of its own in the shorter one. Rooms of one step do not see each other.
 FLOORS: dict[int, list[tuple[str, ...]]] = {
     0: [
-        ("refusal", "grid", "exchange", *(f"exchange.{name}" for name in EXCHANGES)),
+        ("refusal", "processes", "processes.lifetime", "processes.interrupts"),
+        ("processes.rank", "grid", "exchange", *(f"exchange.{name}" for name in EXCHANGES)),
         ("grid.ranks", "grid.ownership", "exchange.rule"),
         tuple(f"exchange.{name}.rule" for name in EXCHANGES),
         ("exchange.rules",),
+        ("exchange.advice",),
         ("config",),
         ("planner.machine",),
         ("planner.inputs",),
@@ -35,7 +37,7 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
         ("planner",),
     ],
     2: [
-        ("upstream",),
+        ("upstream", "processes.refusals"),
         (
             *("grid.groups", "cpu_backend", "exchange.masks", "exchange.dropout_rng", "exchange.kv_cache"),
             "exchange.replicas",
@@ -65,7 +67,7 @@ LAZY_ON_FLOOR_0 = {"matplotlib", "transformers"}
 # Read, because torch's launcher sets them; no option is an environment variable.
 LAUNCHER_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"),
 }
 
 
