@@ -14,6 +14,9 @@ import warnings
 from collections.abc import Sequence
 
 if __name__ == "__main__":
+    from hp_plugin.processes.rank import begin_rank
+
+    begin_rank()  # first of all: how it ends must be settled before anything can go wrong
     # Every rank would say which optional packages Megatron-Core does without and which torch calls it uses still.
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
@@ -21,8 +24,10 @@ if __name__ == "__main__":
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.checkpoint.checks import WrongModelError
-from hp_plugin.training.agreement import DisagreementError
-from hp_plugin.training.arguments import parse_arguments, user_error
+from hp_plugin.processes.interrupts import noted_signals, say_on_interrupt
+from hp_plugin.processes.refusals import refuse
+from hp_plugin.training.agreement import DisagreementError, stop_is_asked_for
+from hp_plugin.training.arguments import parse_arguments
 from hp_plugin.training.checkpoints.saving import Checkpoints
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
@@ -49,6 +54,7 @@ def pretrain(config: TrainingConfig, transformer_config: TransformerConfig) -> d
         print_rank_0(f" > parameters on rank 0: {parameters} ({device.type})")
 
         checkpoints = Checkpoints(trainer)
+        say_on_interrupt(checkpoints.what_is_saved)
         done = checkpoints.load()
 
         # Every rank reads the samples of its data-parallel rank from the same indexed files.
@@ -62,7 +68,7 @@ def pretrain(config: TrainingConfig, transformer_config: TransformerConfig) -> d
         if config.eval_interval and test_set is not None:
             test_batches = batches(test_set, config, config.eval_iters, trainer.batch_size)
 
-        with TrainingLog(trainer) as log:
+        with noted_signals(config.exit_signal_handler) as stop, TrainingLog(trainer) as log:
             iteration = done
             for iteration in range(done + 1, config.train_iters + 1):
                 log.iteration(iteration, train_step(trainer, train_batches))
@@ -75,10 +81,11 @@ def pretrain(config: TrainingConfig, transformer_config: TransformerConfig) -> d
                     started = time.perf_counter()
                     loss = evaluate(trainer, test_batches, config.eval_iters)
                     log.evaluation(iteration, "test", loss, started)
-                if checkpoints.after(iteration):
+                if checkpoints.after(iteration) or stop_is_asked_for(config, stop, device):
                     break
-            checkpoints.finish(iteration)
-        return log.losses
+            checkpoints.finish(iteration, ended_by=stop.name)
+    stop.leave_if_interrupted()
+    return log.losses
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         transformer_config = check(config)
     except ValueError as mistake:
-        user_error(str(mistake))
+        refuse(str(mistake))
     try:
         pretrain(config, transformer_config)
     except (DisagreementError, WrongModelError) as mistake:
-        user_error(str(mistake))
+        refuse(str(mistake))
 
 
 if __name__ == "__main__":

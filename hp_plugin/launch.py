@@ -11,9 +11,14 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
+
+from hp_plugin.processes.interrupts import say_on_interrupt
+from hp_plugin.processes.rank import begin_rank
+from hp_plugin.processes.refusals import refuse
 
 USAGE = "usage: torchrun ... -m hp_plugin.launch SCRIPT [flags of SCRIPT] [--head-dim-parallel M,N]"
 
@@ -24,6 +29,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         SystemExit: status 2 with a line that says why, if there is no such script or the plugin does not fit it.
     """
+    begin_rank()
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         raise SystemExit(0 if words else 2)
@@ -47,12 +53,14 @@ def main(words: Sequence[str]) -> None:
         install()
         if backend == "deepspeed":
             use_deepspeed_moe()
+        _tidy_saves(words)
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] != "megatron":
             raise
         _refuse(f"no module {missing.name}: {script} must stand in a Megatron-LM tree, or have one on PYTHONPATH")
     except RuntimeError as unfit:
         _refuse(str(unfit))
+    say_on_interrupt(lambda: "what was trained since the last checkpoint is not saved")
     if on_cpu:
         _run_alone(script)
     else:
@@ -64,6 +72,16 @@ def on_gloo(argv: Sequence[str]) -> bool:
     words = list(argv)
     pairs = zip(words, [*words[1:], ""], strict=True)
     return "--distributed-backend=gloo" in words or ("--distributed-backend", "gloo") in pairs
+
+
+def _tidy_saves(words: Sequence[str]) -> None:
+    """Spares every rank the server that a save starts; Megatron-LM's saves in the background need it."""
+    if "--async-save" in words:
+        return
+    from hp_plugin.upstream.write_results import write_without_server
+
+    with suppress(RuntimeError):  # a release that keeps its results elsewhere
+        write_without_server()
 
 
 def _put_first(directory: str) -> None:
@@ -99,9 +117,7 @@ def _enable_cpu(megatron_experts: bool) -> bool:
 
 
 def _refuse(why: str) -> NoReturn:
-    if _is_first_rank():
-        print(f"hp_plugin.launch: error: {why}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    refuse(why, "hp_plugin.launch")
 
 
 def _is_first_rank() -> bool:

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    from hp_plugin.processes.rank import begin_rank
+
+    begin_rank()  # first of all: how it ends must be settled before anything can go wrong
     # Every rank would say which optional packages Megatron-Core does without and which torch calls it uses still.
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
@@ -31,7 +34,7 @@ from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.engine import initialize
 from hp_plugin.deepspeed_adapter.settings import batch_sizes, half_precision, section, zero_config
 from hp_plugin.deepspeed_adapter.weights import load_weights, save_weights
-from hp_plugin.training.arguments import user_error
+from hp_plugin.processes.refusals import refuse
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import batches, build_datasets
@@ -156,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = read_config(settings, find_world_size())
         build_transformer_config(config)
     except ValueError as mistake:
-        user_error(str(mistake))
+        refuse(str(mistake))
     pretrain(options, settings, config)
 
 

@@ -7,6 +7,8 @@ import pickle
 import warnings
 from typing import TYPE_CHECKING
 
+from hp_plugin.processes.lifetime import end_with_parent, tie_children
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -52,6 +54,8 @@ def run_on_ranks(job: Job, ranks: int) -> None:
 
 def run_packed(packed: bytes) -> None:
     """One rank. Unpacked here, so that what stock code says on import is not said once per rank, layer and build."""
+    end_with_parent()
+    tie_children()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     job: Job = pickle.loads(packed)

@@ -15,6 +15,7 @@ from hp_plugin import cpu_backend
 from hp_plugin.cpu_backend.devices import ignore
 from hp_plugin.cpu_backend.hook import Hook
 from hp_plugin.cpu_backend.mixture_of_experts import uneven_gathers
+from hp_plugin.processes.refusals import refuse
 
 MEGATRON_LM = ("megatron-core", "0.16.1")
 _KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
@@ -53,9 +54,7 @@ def refuse_uneven_gathers(original: Callable[..., Any]) -> Callable[..., Any]:
         uneven = None if given.num_experts is None else uneven_gathers(given.expert_model_parallel_size, slices)
         if uneven is None:
             return original(*args, **kwargs)
-        if given.rank == 0:
-            print(f"{sys.argv[0]}: error: {uneven}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        refuse(uneven, sys.argv[0])
 
     return with_even_gathers
 

@@ -11,6 +11,7 @@ from typing import Any
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.megatron_lm import flags
 from hp_plugin.megatron_lm.releases import check_parameters
+from hp_plugin.processes.refusals import refuse
 
 
 class ArgumentHooks:
@@ -53,7 +54,5 @@ class ArgumentHooks:
         try:
             self.head_dim = flags.settle(args, self._argv)
         except ValueError as mistake:
-            if args.rank == 0:
-                print(f"{sys.argv[0]}: error: {mistake}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from mistake
+            refuse(str(mistake), sys.argv[0])
         return self._validate(args, *rest, **kwargs)

@@ -1,4 +1,4 @@
-"""Ranks started with different options say so at once, instead of hanging in their first unequal collective."""
+"""What ranks agree on before they go on: the same options at the start, and later whether an iteration is the last."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from hp_plugin.processes.interrupts import Stop
 from hp_plugin.training.config import TrainingConfig
 
 _MAY_DIFFER = frozenset({"data_cache_path", "tensorboard_dir", "loss_file"})
@@ -42,6 +43,16 @@ def require_agreement(config: TrainingConfig, device: torch.device) -> None:
             held = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
             complaints.append(f"--{name.replace('_', '-')} is {held}")
     raise DisagreementError("the ranks were started with different options: " + ", ".join(complaints))
+
+
+def stop_is_asked_for(config: TrainingConfig, stop: Stop, device: torch.device) -> bool:
+    """Whether a signal has asked any rank to end; with --exit-signal-handler, a collective call."""
+    if not config.exit_signal_handler:
+        return False
+    asked = torch.tensor([stop.signal], dtype=torch.int32, device=device)
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    stop.signal = int(asked)
+    return stop.signal != 0
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from hp_plugin.processes.refusals import refuse
 from hp_plugin.training.config import GROUPS, TrainingConfig
 from hp_plugin.training.options import flag, kind_of
 
@@ -34,18 +32,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
         SystemExit: status 2, after one line on stderr, when a flag is unknown, malformed, out of its domain or missing.
     """
     parser = build_parser()
-    parser.error = user_error  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]
     try:
         return TrainingConfig(**vars(parser.parse_args(arguments)))
     except ValueError as mistake:
-        user_error(str(mistake))
-
-
-def user_error(message: str) -> NoReturn:
-    """Ends the process with status 2; one rank per machine says why, as all its ranks share one command line."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+        refuse(str(mistake))
 
 
 def _argument(option: Field[Any]) -> dict[str, Any]:

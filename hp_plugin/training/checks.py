@@ -166,6 +166,8 @@ def _checkpoints(config: TrainingConfig) -> Iterator[str]:
             yield f"--save-interval {config.save_interval} needs --save, the directory to save to"
         if config.async_save:
             yield "--async-save needs --save, the directory to save to"
+        if config.exit_signal_handler:
+            yield "--exit-signal-handler needs --save, the directory to save to"
     elif Path(config.save).exists() and not Path(config.save).is_dir():
         yield f"--save {config.save} is a file: name a directory"
     if config.load is not None and Path(config.load).exists() and not Path(config.load).is_dir():

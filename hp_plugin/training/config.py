@@ -219,6 +219,9 @@ class CheckpointOptions:
     load: str | None = option(None, "directory to resume from; one without a checkpoint starts from the beginning")
     save_interval: int | None = option(None, "iterations between checkpoints", POSITIVE)
     exit_interval: int | None = option(None, "end the run after an iteration divisible by this", POSITIVE)
+    exit_signal_handler: bool = option(
+        False, "end with a checkpoint after the iteration in which SIGTERM, SIGUSR1 or Ctrl-C arrives"
+    )
     async_save: bool = option(False, "write checkpoints while training goes on")
     ckpt_format: str = option(
         "torch_dist", "torch_dist loads on any layout, torch on its own", choices=("torch_dist", "torch")

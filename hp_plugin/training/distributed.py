@@ -13,18 +13,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed.rendezvous import rendezvous
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.processes import refusals
 from hp_plugin.training.agreement import require_agreement
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.moe import expert_sizes
 
 
 def find_world_size() -> int:
-    """Ranks of this run: those of the default group if there is one, else those torchrun announces, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    """Ranks of this run: those of the default group if there is one, else those torchrun announces, else 1.
+
+    Raises:
+        ValueError: what is announced is no number of ranks.
+    """
+    return dist.get_world_size() if dist.is_initialized() else refusals.world_size()
 
 
 @contextmanager
@@ -68,17 +72,16 @@ def _find_device() -> torch.device:
 
 def _join_default_group(config: TrainingConfig, device: torch.device) -> None:
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
-    arguments: dict[str, Any] = {"timeout": timedelta(minutes=config.distributed_timeout_minutes)}
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    arguments: dict[str, Any] = {"timeout": timeout}
     if device.type == "cuda" and backend == "nccl":
         arguments["device_id"] = device
     if "RANK" not in os.environ:  # started by hand: a world of one, which needs no address
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps its store over restarts: without a prefix, new ranks would look for dead ones. (Nodes count
-        # restarts separately, so over several of them the way out is torchrun's own, in docs/checkpoints.md.)
-        store, rank, world_size = next(rendezvous("env://", timeout=arguments["timeout"]))
-        restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        arguments |= {"store": dist.PrefixStore(f"restart{restarts}", store), "rank": rank, "world_size": world_size}
+    else:
+        store = refusals.connect(timeout)
+        refusals.wait_for_others(store, timeout)
+        arguments |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": refusals.world_size()}
     dist.init_process_group(backend, **arguments)
 
 

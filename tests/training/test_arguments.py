@@ -6,15 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from hp_plugin import cpu_backend
+from hp_plugin.processes.refusals import connect, wait_for_others
 from hp_plugin.training.arguments import build_parser, parse_arguments
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.distributed import find_world_size
 from hp_plugin.training.options import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, SEED, flag, kind_of
 from hp_plugin.training.transformer import build_transformer_config
 
@@ -86,11 +91,46 @@ def test_malformed_flags_end_with_one_line_and_status_2(arguments, message, caps
     assert message in said
 
 
-def test_only_one_rank_of_a_machine_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "3")
+def test_the_first_rank_that_refuses_speaks_for_all_that_say_the_same(capsys, monkeypatch):
+    # As torchrun's agent has it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}
+    launched |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    for rank, words in (("3", []), ("5", []), ("6", [*SMALL, "--lr", "inf"]), ("0", [])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            parse_arguments(words)
+        assert stop.value.code == 2
+        said.append(capsys.readouterr().err)
+    assert "arguments are required" in said[0] and said[1] == said[3] == ""
+    assert "--lr must be positive, got inf" in said[2]
+    # Who has nothing to refuse learns of it at once.
     with pytest.raises(SystemExit) as stop:
-        parse_arguments([])
+        wait_for_others(connect(timedelta(seconds=20)), timedelta(seconds=20))
     assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_ranks_that_all_agree_go_on_together(monkeypatch):
+    store, timeout = dist.HashStore(), timedelta(seconds=20)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with ThreadPoolExecutor(3) as ranks:
+        first = [ranks.submit(wait_for_others, store, timeout) for _ in range(2)]
+        assert not any(rank.done() for rank in first)
+        assert ranks.submit(wait_for_others, store, timeout).result(20) is None
+        assert [rank.result(20) for rank in first] == [None, None]
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "1" * 5000, "", "2.0"])
+def test_a_world_size_that_is_none_is_refused(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(
+        ValueError, match=r"^WORLD_SIZE must be a number of ranks of at least 1, got '.{0,60}…?'?:"
+    ) as refused:
+        find_world_size()
+    assert len(str(refused.value)) < 200
 
 
 def test_help_lists_every_flag_once():

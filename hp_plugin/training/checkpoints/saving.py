@@ -20,6 +20,7 @@ from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.log import print_rank_0
 from hp_plugin.training.step import Trainer
 from hp_plugin.upstream.checkpoint_format import own_queue
+from hp_plugin.upstream.write_results import write_without_server
 
 _SAME_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_query_groups")
 _LAYOUT = (
@@ -90,6 +91,7 @@ class Checkpoints:
         self.config = trainer.config
         self.saved = -1
         self._queue = AsyncCallsQueue()
+        write_without_server()
 
     def load(self) -> int:
         """Restores the latest checkpoint of --load; returns its iteration, 0 if there is none or to --finetune.
@@ -119,15 +121,31 @@ class Checkpoints:
             self.save(iteration)
         return self.config.exit_interval is not None and iteration % self.config.exit_interval == 0
 
-    def finish(self, iteration: int) -> None:
-        """Saves the last iteration unless it is saved, and waits until everything is on disk."""
+    def finish(self, iteration: int, ended_by: str = "") -> None:
+        """Saves the last iteration unless it is saved, and waits until everything is on disk.
+
+        Args:
+            ended_by: the signal that the run ends on, which is said together with what is saved.
+        """
+        ending = f", and ending on {ended_by}" if ended_by else ""
         if self.config.save is not None and iteration > 0 and self.saved != iteration:
-            self.save(iteration)
+            self.save(iteration, ending)
+        elif ending:
+            print_rank_0(f" > iteration {iteration} is saved in {self.config.save}{ending}")
         self._queue.maybe_finalize_async_calls(blocking=True)
         self._queue.close()
 
-    def save(self, iteration: int) -> None:
-        """Writes a checkpoint; with --async-save, begins to, after the last one is complete."""
+    def what_is_saved(self) -> str:
+        """What is left of this run if it ends now, in words."""
+        if self.config.save is None:
+            return "not saved, for want of --save"
+        latest = CheckpointFolder(Path(self.config.save)).latest()
+        if latest is None:
+            return f"not saved, and there is no checkpoint in {self.config.save} yet"
+        return f"not saved; the latest checkpoint is {latest}"
+
+    def save(self, iteration: int, ending: str = "") -> None:
+        """Writes a checkpoint and says so with `ending`; with --async-save, begins to, after the last is complete."""
         assert self.config.save is not None
         # Two at a time could become complete in the wrong order.
         self._queue.maybe_finalize_async_calls(blocking=True)
@@ -139,7 +157,7 @@ class Checkpoints:
         def complete() -> None:
             if dist.get_rank() == 0:
                 folders.complete(Path(partial), iteration)
-            print_rank_0(f" > saved checkpoint of iteration {iteration} to {self.config.save}")
+            print_rank_0(f" > saved checkpoint of iteration {iteration} to {self.config.save}{ending}")
 
         self.saved = iteration
         if self.config.ckpt_format == "torch":
