@@ -33,6 +33,7 @@ from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, RULES
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.training.config import BACKENDS
+from hp_plugin.processes.rank import begin_rank
 
 
 def main() -> None:
@@ -169,5 +170,6 @@ def _report(args: argparse.Namespace, head_dim: HeadDimConfig, times: dict[str, 
 
 
 if __name__ == "__main__":
+    begin_rank()
     warnings.filterwarnings("ignore", message=".*is recommended to set the environment variable")
     main()

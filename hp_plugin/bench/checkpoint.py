@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from hp_plugin.processes.rank import begin_rank
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import prepare_device, running_ranks
@@ -183,4 +184,5 @@ def _pieces(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    begin_rank()
     main()

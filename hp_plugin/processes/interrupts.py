@@ -100,10 +100,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _end_if_stuck(reading: int) -> None:
     while True:
         received = os.read(reading, 1)
-        # Noted by Python's own handler only after the main thread has come back from whatever library it is in.
         if received and received[0] == signal.SIGINT:
+            # Python runs the handler only after the main thread has come back from whatever library it is in.
+            not_only_noted = signal.getsignal(signal.SIGINT) is _interrupt
             time.sleep(_GRACE_S)
-            if _interrupted.is_set() or signal.getsignal(signal.SIGINT) is _interrupt:
+            if _interrupted.is_set() or not_only_noted:
                 _say_interrupted()
 
 
@@ -127,7 +128,7 @@ def _end_with_words(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _lost_a_peer(error: BaseException) -> bool:
-    alone = int(os.environ.get("WORLD_SIZE", "1") == "1")
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     text = str(error)
     return not alone and isinstance(error, (RuntimeError, OSError)) and any(w in text for w in _WORDS_OF_LOST_PEERS)
 

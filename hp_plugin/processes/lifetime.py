@@ -132,7 +132,9 @@ def _watch(pid: int) -> None:
     with suppress(AttributeError, OSError):  # no Linux, or an old one
         descriptor = os.pidfd_open(pid)
         if not own_parent or os.getppid() == pid:  # else the number may be another process's by now
-            select.select([descriptor], [], [])
+            waiting = select.poll()
+            waiting.register(descriptor, select.POLLIN)
+            waiting.poll()
         _end()
     while _is_there(pid, own_parent):
         time.sleep(_POLL_S)

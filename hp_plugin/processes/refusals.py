@@ -15,6 +15,7 @@ from hp_plugin.refusal import shown
 
 REFUSED = 2
 _READY, _GO, _LEFT, _SAID = "hp_plugin/ready", "hp_plugin/go", "hp_plugin/left", "hp_plugin/said/"
+_MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _TO_CONNECT = timedelta(seconds=20)
 
 
@@ -82,11 +83,17 @@ def world_size() -> int:
     """Ranks that the launcher announces, 1 without one.
 
     Raises:
-        ValueError: what it announces is no positive number.
+        ValueError: what it announces is no positive number, or it does not say where ranks meet.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not re.fullmatch("[0-9]{0,8}[1-9][0-9]{0,8}", text):
         raise ValueError(f"WORLD_SIZE must be a number of ranks of at least 1, got {shown(text)}: use torchrun")
+    if "RANK" in os.environ:
+        rank, host, port = (os.environ.get(name, "") for name in _MEETING)  # set with "RANK"
+        if not (re.fullmatch("[0-9]{1,9}", rank) and int(rank) < int(text)):
+            raise ValueError(f"RANK must be a number below WORLD_SIZE {int(text)}, got {shown(rank)}: use torchrun")
+        if not (host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
+            raise ValueError(f"ranks meet at MASTER_ADDR {shown(host)}, MASTER_PORT {shown(port)}: use torchrun")
     return int(text)
 
 

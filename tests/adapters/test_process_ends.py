@@ -20,6 +20,7 @@ import pytest
 
 from hp_plugin.checkpoint.checks import check_files
 from hp_plugin.training.checkpoints.folder import CheckpointFolder
+from tests.adapters.megatron_lm_runs import COMMON, needs_clone, release_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,26 +37,16 @@ TORCHRUN = re.compile(r"^[WE]\d{4} ")
 class Run:
     """Two ranks of the reference trainer under torchrun; they and what they start have a mark in their environment."""
 
-    def __init__(self, folder: Path, flags: str, script: str = "examples/pretrain_gpt.py", restarts: int = 0) -> None:
-        self.mark, self.log, self.tmp = (
-            f"run-{uuid.uuid4().hex}",
-            folder / f"log-{uuid.uuid4().hex[:6]}",
-            folder / "tmp",
-        )
+    def __init__(self, folder: Path, flags: str, script: str | None = None, restarts: int = 0) -> None:
+        started = f"{script} {flags}" if script else f"{ROOT}/examples/pretrain_gpt.py {RUN} {flags}"
+        self.mark, self.tmp = f"run-{uuid.uuid4().hex}", folder / "tmp"
+        self.log = folder / self.mark
         self.tmp.mkdir(exist_ok=True)
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-                    *(
-                        "--monitor-interval",
-                        "0.1",
-                        "--max-restarts",
-                        str(restarts),
-                        script,
-                        *RUN.split(),
-                        *flags.split(),
-                    ),
+                    *("--monitor-interval", "0.1", "--max-restarts", str(restarts), *started.split()),
                 ],
                 cwd=ROOT,
                 env=self.environment(),
@@ -244,7 +235,7 @@ runpy.run_path({example!r}, run_name="__main__")
 def test_a_rank_that_refuses_alone_is_heard(start: Callable[..., Run], tmp_path: Path, wrong: str, words: str) -> None:
     script = tmp_path / "on_one_rank.py"
     script.write_text(ON_ONE_RANK.format(wrong=wrong, example=str(ROOT / "examples" / "pretrain_gpt.py")))
-    run = start("", script=str(script))
+    run = start(RUN, script=str(script))
     assert run.process.wait(120) == 1
     assert run.leftovers() == []
     said = run.said_by_ranks()
@@ -279,3 +270,26 @@ def test_without_torchrun_the_others_do_not_wait(tmp_path: Path, failing: int) -
     assert [run.returncode for run in runs] == [2, 2]
     assert said[failing] == "pretrain_gpt.py: error: --lr must be positive, got inf\n"
     assert said[1 - failing] == ""
+
+
+MEGATRON_LM = f"{COMMON} --train-iters 100000 --head-dim-parallel 1,2 --save-interval 2".replace("--train-iters 7", "")
+
+
+@needs_clone
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_scripts_of_megatron_lm_end_alike(start: Callable[..., Run], tmp_path: Path, number: signal.Signals) -> None:
+    tree = release_tree("core_v0.16.1", tmp_path / "tree")
+    flags = f"{MEGATRON_LM} --save {tmp_path}/run {'--exit-signal-handler' if number == signal.SIGTERM else ''}"
+    run = start(flags, script=f"-m hp_plugin.launch {tree}/pretrain_gpt.py")
+    run.wait_for(lambda: len(run.losses()) > 4)
+    run.process.send_signal(number)
+    run.process.wait(60)
+    assert run.leftovers() == []
+    folder = CheckpointFolder(tmp_path / "run")
+    if number == signal.SIGTERM:
+        latest = folder.latest()
+        assert latest is not None and max(run.losses()) == int(latest.name.removeprefix("iter_"))
+        check_files(latest)
+    if number == signal.SIGINT:
+        words = "pretrain_gpt.py: interrupted: what was trained since the last checkpoint is not saved"
+        assert [line for line in run.said_by_ranks() if "interrupted" in line or "Error" in line] == [words]

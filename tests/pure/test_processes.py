@@ -222,14 +222,17 @@ def test_another_rank_that_is_lost_is_one_line(family: Family) -> None:
 def test_signals_that_ask_for_a_checkpoint_are_noted(family: Family, number: signal.Signals) -> None:
     rank = family.start(
         """
+        from hp_plugin.processes import interrupts
         from hp_plugin.processes.interrupts import noted_signals
         from hp_plugin.processes.rank import begin_rank
+        interrupts._GRACE_S = 0.5
         begin_rank()
         with noted_signals(True) as stop:
             print("ready", flush=True)
             while not stop.signal: time.sleep(0.01)
             time.sleep(0.2)
         print(stop.name, flush=True)
+        time.sleep(1)  # longer than a rank that is stuck is given, below
         stop.leave_if_interrupted()
         os._exit(0)
         """

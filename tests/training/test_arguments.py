@@ -133,6 +133,22 @@ def test_a_world_size_that_is_none_is_refused(size, monkeypatch):
     assert len(str(refused.value)) < 200
 
 
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        ({"RANK": "4"}, "RANK must be a number below WORLD_SIZE 4, got '4'"),
+        ({"RANK": "x"}, "RANK must be a number below WORLD_SIZE 4, got 'x'"),
+        ({"RANK": "1"}, "ranks meet at MASTER_ADDR '', MASTER_PORT ''"),
+        ({"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "MASTER_ADDR 'a', MASTER_PORT '99999'"),
+    ],
+)
+def test_a_launcher_that_does_not_say_where_ranks_meet_is_refused(launcher, said, monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", **launcher}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{said}: use torchrun$"):
+        find_world_size()
+
+
 def test_help_lists_every_flag_once():
     text = build_parser().format_help()
     for field in fields(TrainingConfig):
@@ -201,8 +217,8 @@ def test_help_lists_every_flag_once():
         ({"data_path": ("a",), "mock_data": True}, 1, "give --data-path or --mock-data, not both"),
         ({"data_path": ("0.5", "a", "b")}, 1, "prefixes alone or a weight before every prefix, got 0.5 a b"),
         ({"vocab_size": 100}, 1, "--vocab-size 100 is too small for the byte tokens of the default data"),
-        ({"split": "0,1"}, 1, "--split takes up to three shares with a positive first one"),
-        ({"split": "a"}, 1, "--split takes up to three shares with a positive first one"),
+        ({"split": "0,1"}, 1, "--split takes up to three shares, the first positive"),
+        ({"split": "a"}, 1, "--split takes up to three shares, the first positive"),
     ],
 )
 def test_what_cannot_run_is_refused_in_words(changes, world_size, message):
