@@ -13,8 +13,14 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # a number of too many digits, a list in itself ten thousand deep
-        text = f"a {type(value).__name__} that cannot be shown"
+        text = f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def shorten(text: str, longest: int = 120) -> str:
+    """What another library says, on one line and not at any length."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES
-from hp_plugin.refusal import Refusal, RefusedError
+from hp_plugin.refusal import Refusal, RefusedError, shorten, shown
 
 
 @dataclass
@@ -42,19 +42,30 @@ class HeadDimTransformerConfig(TransformerConfig):
         if self.head_dim_parallel is None:
             if exchange is not None or order is not None:
                 raise ValueError(
-                    f"head_dim_exchange {exchange!r} and head_dim_order {order!r} are a grid's: give head_dim_parallel"
+                    f"head_dim_exchange {shown(exchange)} and head_dim_order {shown(order)} are a grid's: give "
+                    "head_dim_parallel"
                 )
             super().__post_init__()
             return
         head_dim = self.head_dim_parallel = HeadDimConfig.of(self.head_dim_parallel, exchange, order)
         # One place for each from here on: `dataclasses.replace` may give another grid.
         self.head_dim_exchange = self.head_dim_order = None
+        self._check_sizes()
         if self.tensor_model_parallel_size == 1:
             self.tensor_model_parallel_size = head_dim.size
         post_init_on_grid(self, head_dim, super().__post_init__, self._shape)
         shape = self._shape()
         if shape is not None:
             head_dim.check_shape(shape)
+
+    def _check_sizes(self) -> None:
+        # Before they are divided by each other; stock's own defaults are 0.
+        needed = ("num_layers", "hidden_size", "num_attention_heads", "tensor_model_parallel_size")
+        wanted = ("num_query_groups", "kv_channels", "micro_batch_size", "seq_length")
+        for name in (*needed, *(name for name in wanted if getattr(self, name) is not None)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+                raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
 
     def _shape(self) -> AttentionShape | None:
         """A layer's shape, where micro-batch and sequence are given."""
@@ -103,7 +114,7 @@ def post_init_on_grid(
         shape: gives a layer's shape afterwards, where micro-batch and sequence are known.
 
     Raises:
-        ValueError: as `HeadDimConfig.check_heads`, a contradicting TP size, or an unsupported feature.
+        ValueError: as `HeadDimConfig.check_heads`, a contradicting TP size, what is not supported, or stock refuses it.
     """
     head_dim.check_tensor_parallel_size(config.tensor_model_parallel_size)
     h = config.num_attention_heads
@@ -113,6 +124,10 @@ def post_init_on_grid(
     config.num_attention_heads, config.num_query_groups = h * head_dim.n, g * head_dim.n
     try:
         stock_post_init()
+    except Exception as refusal:
+        # Of whatever kind, in whatever length: stock's checks assume values of the right types.
+        said = shorten(str(refusal), 200) or type(refusal).__name__
+        raise ValueError(f"Megatron-Core refuses this model: {said}") from refusal
     finally:
         config.num_attention_heads, config.num_query_groups = h, g
     check_supported(config, head_dim, shape())
@@ -146,11 +161,11 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
         refusals.append(Refusal("feature", said))
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
-        said = f"experimental attention variant {variant!r} is not attention over heads the grid can slice"
+        said = f"experimental attention variant {shown(variant)} is not attention over heads the grid can slice"
         refusals.append(Refusal("feature", said))
     for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
         if getattr(config, name, 1) > 1:
-            said = f"{name} {getattr(config, name)}: GTP shards weights across the grid's pieces; leave it out"
+            said = f"{name} {shown(getattr(config, name))}: GTP shards weights across the grid's pieces; leave it out"
             refusals.append(Refusal("feature", said))
     if head_dim.n == 1:
         return refusals

@@ -7,7 +7,10 @@ the JSON as it stands decides on other values than those that train.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from sys import float_info
 from typing import Any
+
+from hp_plugin.refusal import shorten, shown
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -47,8 +50,8 @@ def gradient_clipping(settings: Mapping[str, Any]) -> float:
         ValueError: it is no number.
     """
     value = settings.get("gradient_clipping", 0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"gradient_clipping must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= float_info.max:
+        raise ValueError(f"gradient_clipping must be a finite number of at least 0, got {shown(value)}")
     return value
 
 
@@ -65,8 +68,8 @@ def batch_sizes(settings: Mapping[str, Any], replicas: int) -> tuple[int, int, i
     """
     given = {key: settings[key] for key in BATCH_KEYS if settings.get(key) is not None}
     for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} must be a positive integer, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+            raise ValueError(f"{key} must be a positive integer, got {shown(value)}")
     train, micro, steps = (given.get(key) for key in BATCH_KEYS)
     if train is None and micro is None:
         raise ValueError(f"the DeepSpeed configuration needs {BATCH_KEYS[0]} or {BATCH_KEYS[1]}")
@@ -96,7 +99,7 @@ def section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, Mapping):
-        raise ValueError(f"{name} must be an object, got {found!r}")
+        raise ValueError(f"{name} must be an object, got {shown(found)}")
     return found
 
 
@@ -108,5 +111,7 @@ def _as_deepspeed_reads(name: str, settings: Mapping[str, Any], read: Callable[[
         return read({name: dict(found)})
     except ValidationError as wrong:
         first = wrong.errors()[0]
-        where = ".".join([name, *map(str, first["loc"])])
-        raise ValueError(f"{where}: {first['msg']}, got {first.get('input')!r}") from None
+        where = shorten(".".join([name, *map(str, first["loc"])]))
+        raise ValueError(f"{where}: {shorten(first['msg'])}, got {shown(first.get('input'))}") from None
+    except Exception as wrong:  # what its validators run into, such as numbers beyond all fractions
+        raise ValueError(f"{name}: DeepSpeed cannot read {shown(dict(found))}: {shorten(str(wrong))}") from None

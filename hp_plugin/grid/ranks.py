@@ -14,6 +14,7 @@ DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 DIM_INNERMOST, HEAD_INNERMOST = "dim-innermost", "head-innermost"
 ORDERS = (DIM_INNERMOST, HEAD_INNERMOST)
 """Which axis of the grid has neighbouring TP ranks."""
+_TOO_MANY = 10**9
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Grid:
         for name, size in (("m", self.m), ("n", self.n)):
             if isinstance(size, bool) or not isinstance(size, int):
                 raise ValueError(f"head-dim-parallel {name} must be an integer, got {shown(size)}")
-            if size < 1:
-                raise ValueError(f"head-dim-parallel {name} must be at least 1, got {shown(size)}")
+            if not 1 <= size < _TOO_MANY:
+                bound = "at least 1" if size < 1 else "a number of ranks"
+                raise ValueError(f"head-dim-parallel {name} must be {bound}, got {shown(size)}")
         if 1 in (self.m, self.n):
             object.__setattr__(self, "order", DIM_INNERMOST)
 

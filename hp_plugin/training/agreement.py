@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hp_plugin.processes.interrupts import Stop
+from hp_plugin.refusal import shorten
 from hp_plugin.training.config import TrainingConfig
 
 _MAY_DIFFER = frozenset({"data_cache_path", "tensorboard_dir", "loss_file"})
@@ -40,7 +41,7 @@ def require_agreement(config: TrainingConfig, device: torch.device) -> None:
         for rank, theirs in enumerate(gathered):
             ranks_of.setdefault(theirs.get(name), []).append(rank)
         if len(ranks_of) > 1:
-            held = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
+            held = "; ".join(f"{shorten(str(value))} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
             complaints.append(f"--{name.replace('_', '-')} is {held}")
     raise DisagreementError("the ranks were started with different options: " + ", ".join(complaints))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from hp_plugin.processes.refusals import refuse
+from hp_plugin.refusal import shorten
 from hp_plugin.training.config import GROUPS, TrainingConfig
 from hp_plugin.training.options import flag, kind_of
 
@@ -32,11 +33,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
         SystemExit: status 2, after one line on stderr, when a flag is unknown, malformed, out of its domain or missing.
     """
     parser = build_parser()
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = _refuse_words  # type: ignore[method-assign]
     try:
         return TrainingConfig(**vars(parser.parse_args(arguments)))
     except ValueError as mistake:
         refuse(str(mistake))
+
+
+def _refuse_words(message: str) -> NoReturn:
+    refuse(shorten(message, 250))  # argparse repeats a word whole
 
 
 def _argument(option: Field[Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hp_plugin.grid.ranks import DIM_INNERMOST
+from hp_plugin.refusal import shown
 from hp_plugin.training.checkpoints.saving import check_load
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
@@ -150,7 +151,7 @@ def _data_and_reports(config: TrainingConfig) -> Iterator[str]:
     except ValueError:
         valid = False
     if not valid:
-        yield f"--split takes up to three shares with a positive first one, for example 969,30,1; got {config.split!r}"
+        yield f"--split takes up to three shares, the first positive, for example 969,30,1; got {shown(config.split)}"
     empty = empty_split(config)
     if empty is not None:
         yield f"{empty}: change --split, or leave --eval-interval out"

@@ -16,6 +16,8 @@ from typing import Any
 
 from hp_plugin.refusal import shown
 
+_LARGEST = 2**63 - 1  # what a tensor holds
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -33,7 +35,7 @@ class Domain:
     open_high: bool = False
 
     def __contains__(self, number: float) -> bool:
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             return False
         if self.low is not None and (number < self.low or (self.open_low and number == self.low)):
             return False
@@ -117,6 +119,8 @@ def settled_value(known: Field[Any], value: Any) -> Any:
     if settled is None:
         raise ValueError(f"{name} must be {_WORDS[kind]}, got {shown(value)}")
     domain = known.metadata["domain"]
+    if kind == "int" and abs(settled) > _LARGEST:
+        raise ValueError(f"{name} must be an integer below 2**63, got {shown(value)}")
     if kind == "float" and not math.isfinite(settled):
         raise ValueError(f"{name} must be {domain.words if domain else 'a finite number'}, got {shown(value)}")
     if domain is not None and settled not in domain:

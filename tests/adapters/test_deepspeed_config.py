@@ -110,7 +110,10 @@ BAD = {
     ),
     "no stage": ({"head_dim_parallel": GRID, "zero_optimization": {"stage": 4}}, "zero_optimization.stage: .*got 4"),
     "stage a list": ({"head_dim_parallel": GRID, "zero_optimization": [1]}, r"must be an object, got \[1\]"),
-    "clipping a string": ({"head_dim_parallel": GRID, "gradient_clipping": "1"}, "must be a number, got '1'"),
+    "clipping a string": (
+        {"head_dim_parallel": GRID, "gradient_clipping": "1"},
+        "must be a finite number of at least 0, got '1'",
+    ),
     "bf16 no object": ({"head_dim_parallel": GRID, "bf16": True}, "bf16 must be an object, got True"),
     "Ulysses of one rank, as a mesh": (
         {"head_dim_parallel": GRID, "sequence_parallel_size": 1, "data_parallel_size": 2},
