@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnMaskType
@@ -83,8 +84,10 @@ def build(case: Case, head_dim: HeadDimConfig | None, h: int, g: int, d: int) ->
         fp16=case.dtype == torch.float16,
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=False,
-        **{"attention_dropout": 0.0, **case.config},
+        **{"attention_dropout": 0.0, **{k: v for k, v in case.config.items() if not k.startswith("yarn_")}},
     )
+    # Megatron-LM sets these on a configuration that has no such fields.
+    yarn = {name: value for name, value in case.config.items() if name.startswith("yarn_")}
     if head_dim is None:
         config = TransformerConfig(**common)
     else:
@@ -94,6 +97,7 @@ def build(case: Case, head_dim: HeadDimConfig | None, h: int, g: int, d: int) ->
             sequence_parallel=case.sequence_parallel,
             head_dim_parallel=head_dim,
         )
+    vars(config).update(yarn)
     spec = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
@@ -119,6 +123,14 @@ def angles(case: Case, d: int) -> Tensor | None:
     if case.rope is None:
         return None
     settings = {"rotary_percent": 1.0, **case.rope}
+    yarn = {name.removeprefix("yarn_"): value for name, value in case.config.items() if name.startswith("yarn_")}
+    if yarn:
+        factor = yarn.pop("rotary_scaling_factor")
+        given = {**settings, **yarn, "scaling_factor": factor, "use_cpu_initialization": True}
+        return YarnRotaryEmbedding(d, **given)(case.s)[0]
+    if settings.pop("per_sample", False):  # multimodal rotary embedding: positions differ by sample
+        whole = RotaryEmbedding(d, use_cpu_initialization=True, **settings)(case.s)
+        return torch.cat([whole.roll(sample, 0) for sample in range(case.b)], dim=1)
     return RotaryEmbedding(d, use_cpu_initialization=True, **settings)(case.s)
 
 

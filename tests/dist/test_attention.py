@@ -7,6 +7,8 @@ from tests.dist.attention_cases import Case, differences
 from tests.ranks import Ranks
 
 EXACT = ("batch", "sequence", "scores")
+YARN = {"yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 8, "yarn_mscale": 1.3}
+YARN |= {"yarn_mscale_all_dim": 0.2, "yarn_beta_fast": 4.0, "yarn_beta_slow": 1.0}
 # fp32: sums of at most a few hundred products in another order.
 FP32 = 1e-5
 
@@ -57,6 +59,10 @@ def matrix() -> list[Case]:
         other: dict[str, object] = dict(rope={}, order=HEAD_INNERMOST)
         cases.append(Case(2, 3, exchange, h=6, g=2, d=24, s=18, b=3, hidden=14, **other))
     cases.append(Case(3, 2, "scores", h=6, g=3, s=12, config={"qk_layernorm": True}, sequence_parallel=True, **other))
+    for exchange in EXACT:
+        # YaRN's frequencies, and the factor that stock multiplies queries and keys by; positions of each sample's own.
+        cases.append(Case(2, 2, exchange, h=4, g=2, d=16, s=16, b=2, rope={}, config=YARN))
+        cases.append(Case(2, 2, exchange, h=4, g=2, d=16, s=16, b=4, rope={"per_sample": True}))
     # What only some exchanges can carry
     cases += [
         Case(1, 4, "scores", h=2, g=1, d=12, s=7, b=3, rope={}),  # odd slices cut rotate-half pairs anywhere

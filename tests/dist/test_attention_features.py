@@ -324,8 +324,10 @@ def refused(case: Case, forward: dict[str, Any] | None) -> str:
     ("case", "forward", "message"),
     [
         (Case(2, 2, "batch", b=3), None, "`batch` needs a micro-batch size divisible by n: 3 % 2 = 1"),
-        (Case(2, 2, "batch", config={"softmax_type": "learnable"}), None, "learnable softmax offset"),
         (Case(2, 2, "scores", config={"softmax_type": "off-by-one"}), None, "`scores` cannot do a softmax offset"),
+        (Case(2, 2, "sequence", config={"softmax_type": "off-by-one"}), None, "`sequence` cannot do a softmax offset"),
+        *((Case(2, 2, name, config={"softmax_type": "learnable"}), None, "learnable softmax offset") for name in RULES),
+        (Case(2, 2, "local", config={"yarn_rotary_scaling_factor": 4.0}), None, "`local` cannot place YaRN frequencies"),
         (Case(2, 2, "batch"), {"packed_seq_params": object()}, "packed sequences cannot be split"),
         (Case(2, 2, "sequence"), {"attention_bias": torch.zeros(1)}, "`sequence` cannot add an attention bias"),
         (Case(2, 2, "scores", config={"qk_clip": True}), None, "QK-clip"),
