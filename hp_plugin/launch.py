@@ -29,7 +29,6 @@ def main(words: Sequence[str]) -> None:
     Raises:
         SystemExit: status 2 with a line that says why, if there is no such script or the plugin does not fit it.
     """
-    begin_rank()
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         raise SystemExit(0 if words else 2)
@@ -125,4 +124,5 @@ def _is_first_rank() -> bool:
 
 
 if __name__ == "__main__":
+    begin_rank()
     main(sys.argv[1:])

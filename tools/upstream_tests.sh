@@ -15,7 +15,9 @@ model=$tests/dist_checkpointing/models/test_gpt_model.py
 for file in "$attention" "$model"; do
     [[ -f $file ]] || { echo "$tree has no ${file#"$tree"/}: give a tree of Megatron-LM 0.17 or newer" >&2; exit 2; }
 done
-python=${PYTHON:-$(bash "$root/tools/setup_env.sh")} || exit 2
+# What Megatron-LM's training code imports comes with the newest release of its core.
+newest=$(sed -n 's/^megatron-core==\([^;]*\); python_version >= .*/\1/p' "$root/tests/requirements.txt")
+python=${PYTHON:-$(bash "$root/tools/setup_env.sh" --megatron-core "$newest")} || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 

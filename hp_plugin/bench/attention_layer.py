@@ -32,8 +32,8 @@ from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, att
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, RULES
 from hp_plugin.grid.ranks import DIM_INNERMOST
-from hp_plugin.training.config import BACKENDS
 from hp_plugin.processes.rank import begin_rank
+from hp_plugin.training.config import BACKENDS
 
 
 def main() -> None:

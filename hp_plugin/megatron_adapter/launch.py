@@ -4,6 +4,7 @@ import sys
 import warnings
 
 from hp_plugin.launch import main
+from hp_plugin.processes.rank import begin_rank
 
 warnings.warn(
     "hp_plugin.megatron_adapter.launch is hp_plugin.launch now: torchrun ... -m hp_plugin.launch; "
@@ -13,4 +14,5 @@ warnings.warn(
 )
 
 if __name__ == "__main__":
+    begin_rank()
     main(sys.argv[1:])

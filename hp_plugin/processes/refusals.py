@@ -46,12 +46,17 @@ def wait_for_others(store: Any, timeout: timedelta) -> None:
 
     Raises:
         SystemExit: status 2, if one of them has refused to; it has said why.
+        TimeoutError: not all of them came.
     """
     if not tells_apart_restarts():
         return
     if store.add(_READY, 1) == world_size():
         store.set(_GO, "yes")
-    store.wait([_GO], timeout)
+    try:
+        store.wait([_GO], timeout)
+    except Exception as late:  # of another kind in every release of torch
+        came = store.add(_READY, 0)
+        raise TimeoutError(f"{came} of {world_size()} ranks are here after {timeout}: are all started?") from late
     if store.get(_GO) != b"yes":
         store.add(_LEFT, 1)
         raise SystemExit(REFUSED)

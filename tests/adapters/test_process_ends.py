@@ -229,7 +229,7 @@ runpy.run_path({example!r}, run_name="__main__")
     [
         ("--lr inf", "--lr must be positive, got inf"),
         ("--hidden-size 17", "--hidden-size 17 is not a multiple of --num-attention-heads 2"),
-        ("--data-path nowhere", "--data-path"),
+        ("--data-path nowhere", "give --data-path or --mock-data, not both"),
     ],
 )
 def test_a_rank_that_refuses_alone_is_heard(start: Callable[..., Run], tmp_path: Path, wrong: str, words: str) -> None:
