@@ -89,12 +89,17 @@ def test_what_a_layout_cannot_say(text: str, said: str) -> None:
         ("pp=2,zero=full", "zero=full (FSDP) is planned for data and tensor parallelism alone"),
         ("grid=1x2,mbs=2,zero=full", "zero=full (FSDP) is planned for data and tensor parallelism alone"),
         ("grid=2x2,mbs=1,exchange=batch", "needs a micro-batch size divisible by n: 1 % 2 = 1"),
-        ("grid=2x2,cp=2,exchange=sequence", "exchange `sequence` cannot do context parallelism; batch can"),
-        ("grid=2x2,cp=2,exchange=scores", "exchange `scores` cannot do context parallelism; batch can"),
+        ("grid=2x2,cp=2,mbs=2,exchange=sequence", "exchange `sequence` cannot do context parallelism; batch can"),
+        ("grid=2x2,cp=2,mbs=2,exchange=scores", "exchange `scores` cannot do context parallelism; batch can"),
     ],
 )
 def test_why_a_layout_cannot_run(text: str, said: str) -> None:
     assert said in problems(MODEL, text, TRAIN)
+
+
+def test_batch_is_named_where_it_fits_alone() -> None:
+    assert problems(MODEL, "grid=2x2,cp=2,mbs=1,exchange=scores", TRAIN).endswith("cannot do context parallelism")
+    assert "divisible by n" in problems(MODEL, "grid=2x2,cp=2,mbs=1,exchange=batch", TRAIN)
 
 
 def test_context_parallelism_trains_with_fused_attention_alone() -> None:

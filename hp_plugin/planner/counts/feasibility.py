@@ -156,10 +156,9 @@ def _exchange(share: Share) -> list[Refusal]:
         if not share.fused_attention:
             return [_no_fused_kernel(share)]
         if not rule.stock_core or rule.moves_weights:
-            others = _listed(
-                other.name for other in RULES.values() if other.exact and other.stock_core and not other.moves_weights
-            )
-            said = f"exchange `{rule.name}` cannot do context parallelism; {others} can"
+            able = [other for other in RULES.values() if other.exact and other.stock_core and not other.moves_weights]
+            others = _listed(other.name for other in able if other.refusal(share.attention_shape) is None)
+            said = f"exchange `{rule.name}` cannot do context parallelism" + (f"; {others} can" if others else "")
             return [Refusal(f"context parallelism under {rule.name}", said)]
     return [_no_cache(rule.name)] if decode and not rule.caches else []
 
