@@ -110,7 +110,10 @@ def _end_if_stuck(reading: int) -> None:
 
 def _say_interrupted() -> None:
     if os.environ.get("RANK", "0") == "0":
-        _say(f"interrupted: {_last_words()}")
+        words = "not saved"
+        with suppress(Exception):  # what is on disk may be damaged
+            words = _last_words()
+        _say(f"interrupted: {words}")
     leave(INTERRUPTED)
 
 
