@@ -146,6 +146,9 @@ class HeadDimConfig:
         Raises:
             RefusedError: m does not divide h and g, or n does not divide d; names the sizes that would.
         """
+        for name, size in (("num_attention_heads", h), ("num_query_groups", g), ("kv_channels", d)):
+            if size < 1:
+                raise RefusedError([Refusal("size", f"{name} must be positive, got {shown(size)}")])
         if h % g:
             said = f"num_attention_heads ({h}) must be a multiple of num_query_groups ({g})"
             raise RefusedError([Refusal("heads per group", said)])

@@ -14,9 +14,11 @@ from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
 from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
 from hp_plugin.megatron_lm.unfit_flags import unfit
-from hp_plugin.refusal import Refusal, RefusedError
+from hp_plugin.refusal import Refusal, RefusedError, shown
 
 GRID_FLAG, EXCHANGE_FLAG, ORDER_FLAG = "--head-dim-parallel", "--head-dim-exchange", "--head-dim-order"
+_SIZES = ("num_attention_heads", "kv_channels", "hidden_size", "micro_batch_size", "seq_length", "world_size")
+_SIZES += ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 TP_FLAG = "--tensor-model-parallel-size"
 
 
@@ -76,6 +78,7 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
         if order is not None:
             raise ValueError(f"{ORDER_FLAG} {order} says how a grid's ranks lie: give {GRID_FLAG} m,n with it")
         return None
+    _check_sizes(args)
     given = args.tensor_model_parallel_size
     if given == 1 and not any(word.split("=")[0] == TP_FLAG for word in argv):
         given = None
@@ -95,6 +98,16 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
     args.tensor_model_parallel_size = head_dim.size
     record_head_dim(args, head_dim)
     return head_dim
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    # Megatron-LM looks at them later, and what is asked here divides by them.
+    for name in (*_SIZES, *(("num_query_groups",) if args.group_query_attention else ())):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 2**63:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {shown(value)}")
+    if not 0 < args.rotary_percent <= 1:
+        raise ValueError(f"--rotary-percent must be above 0 and at most 1, got {shown(args.rotary_percent)}")
 
 
 def _read(args: argparse.Namespace, text: str, tensor_parallel_size: int | None) -> HeadDimConfig:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.refusal import shorten
 
 # Each element of a weight is updated from its own gradient and moments: whose slice it is makes no difference.
 ELEMENTWISE_OPTIMIZERS = ("adam", "sgd", "lion")
@@ -34,8 +35,8 @@ class _Unfit:
 
     def said(self, value: Any, whole_heads: str) -> str:
         flag = f"--{self.attribute.replace('_', '-')}"
-        shown = flag if value is True else f"{flag} {value}"
-        return f"{shown} {self.why}" + (f": {whole_heads}" if self.slices_alone else "")
+        given = flag if value is True else f"{flag} {shorten(str(value), 60)}"
+        return f"{given} {self.why}" + (f": {whole_heads}" if self.slices_alone else "")
 
 
 def _beyond(*fitting: Any) -> Callable[[Any], bool]:
