@@ -19,7 +19,7 @@ from hp_plugin.planner.inputs.workload import MODES, Workload
 from hp_plugin.planner.machine.gemm import GemmTable
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware, shipped
 from hp_plugin.planner.machine.nccl_tests import read_nccl_log
-from hp_plugin.planner.reports import kv_heads, reproduce, sweep, validate
+from hp_plugin.planner.reports import kv_heads, long_context, reproduce, sweep, validate
 from hp_plugin.planner.reports.advice import launch_advice, relief_lines
 from hp_plugin.planner.reports.chrome_trace import write_trace
 from hp_plugin.planner.reports.figure import draw_curves, draw_map, draw_timeline, require_matplotlib
@@ -30,6 +30,8 @@ from hp_plugin.planner.search.plan import make_plan
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict
 from hp_plugin.refusal import RefusedError
+
+_SUITES = {"kv-heads": kv_heads.kv_heads_report, "long-context": long_context.long_context_report}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--sweep-to", type=int, default=4096, help="largest --sweep seq or gpus")
     out.add_argument("--validate", action="store_true", help="predicted against published measurements")
     out.add_argument("--reproduce", choices=("paper",), help="the source experiments' rows beside predictions")
-    out.add_argument("--suite", choices=("kv-heads",), help="public models at TP sizes beyond their key/value heads")
+    out.add_argument(
+        "--suite",
+        choices=_SUITES,
+        help="public models: at TP sizes beyond their key/value heads; decoding at contexts of 32k and 128k (minutes)",
+    )
     out.add_argument("--show-hardware", action="store_true", help="every parameter of the hardware with its source")
     own = parser.add_argument_group("measurements of your own")
     own.add_argument(
@@ -105,7 +111,7 @@ def _lines(args: argparse.Namespace) -> list[str]:
     if args.reproduce:
         return reproduce.reproduction_report()
     if args.suite:
-        return kv_heads.kv_heads_report()
+        return _SUITES[args.suite]()
     hardware = _hardware(args)
     if args.show_hardware:
         return hardware_report(hardware)

@@ -46,7 +46,9 @@ def head(share: Share) -> Passes:
     rows = -(-model.vocab // share.P)
     logits = float(rows * share.tokens)
     if share.workload.mode == "decode":
-        return Passes((norm, *column_forward(share, "logits", rows), *_sampling(share, logits)), ())
+        gather = Collective("gather samples", "all_gather", "dim", share.hidden_bytes)
+        joined = (Block((), (gather,)),) if share.spreads_samples else ()
+        return Passes((norm, *joined, *column_forward(share, "logits", rows), *_sampling(share, logits)), ())
     per_logit = PARALLEL_LOSS_BYTES if share.layout.fused else UNFUSED_LOSS_BYTES
     sums: tuple[Collective, ...] = ()
     if share.P > 1:

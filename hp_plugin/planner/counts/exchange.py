@@ -34,7 +34,7 @@ def exchanged(share: Share) -> Exchanged:
     norms, halves = _slice_norms(share), _rotary_halves(share)
     trade = _trade("qkv", float(rule.traded_in(shape) * share.e))
     before, before_gradient = (*norms, *halves, *trade), (*trade, *halves, *norms)
-    after = _trade("context", float(rule.traded_out(shape) * share.e))
+    after = (*_joined(share), *_trade("context", float(rule.traded_out(shape) * share.e)))
     if share.gathers_qkv:
         gathered = share.qkv_bytes * share.P
         before = gathered_columns("qkv", gathered)
@@ -54,7 +54,8 @@ def _core(share: Share) -> tuple[Program, Program]:
         return _summed_blocks(share, blocks)
     inner, groups, keys = share.inner, share.groups, share.workload.seq
     if share.workload.mode == "decode":
-        cache = 2.0 * inner.samples * groups * inner.channels * keys * share.e * share.model.remembered(keys)
+        assert share.cached is not None, "exchanges without a cache are refused before"
+        cache = share.cached.elements(groups) * share.e * share.model.remembered(keys)
         return (Block((Stream("kv cache", cache),)),), ()
     shape = {
         "samples": inner.samples, "heads": share.heads, "groups": groups, "queries": inner.queries, "keys": keys,
@@ -68,6 +69,19 @@ def _core(share: Share) -> tuple[Program, Program]:
         held = 2.0 * inner.samples * groups * inner.queries * inner.channels * share.e
         return _ring(share, core, held), _ring(share, gradient, 2 * held)
     return (Block(core),), (Block(gradient),)
+
+
+def _joined(share: Share) -> Program:
+    """Outputs of every rank's part of the cache, traded for all ranks' parts of a slice and joined by log-sum-exp."""
+    shape, rule = share.attention_shape, share.rule
+    size = float(rule.joined(shape) * share.e)
+    if not size:
+        return ()
+    sums = 4.0 * rule.join_sums(shape) * shape.n / (shape.n - 1)
+    traded = Collective("trade partial outputs", "all_to_all", "dim", size)
+    gathered = Collective("gather log-sum-exp", "all_gather", "dim", sums)
+    join = Stream("join outputs", size + size / shape.n + sums)
+    return (Block((), (traded, gathered)), Block((join,)))
 
 
 def _trade(what: str, size: float) -> Program:

@@ -38,7 +38,9 @@ def stock_heads(h: int, g: int, tp: int) -> list[Refusal]:
 def width_refusals(model: ModelShape, layout: Layout) -> list[Refusal]:
     """What keeps heads and MLPs from dividing over the tensor-parallel ranks."""
     found: list[Refusal] = []
-    if layout.grid is None:
+    if layout.shared > 1:
+        found += _served_heads(model, layout)
+    elif layout.grid is None:
         found += stock_heads(model.h, model.g, layout.tp)
     else:
         try:
@@ -48,6 +50,21 @@ def width_refusals(model: ModelShape, layout: Layout) -> list[Refusal]:
     if model.ffn % layout.tp and model.moe_layers < model.layers:
         found.append(Refusal("MLP width", f"MLP width {model.ffn} does not divide over TP={layout.tp}"))
     return found
+
+
+def _served_heads(model: ModelShape, layout: Layout) -> list[Refusal]:
+    """What ranks that share a cache in a server's way lack."""
+    m, tp = layout.m, layout.tp
+    if layout.dcp > 1:
+        if m % model.g:
+            said = f"dcp={layout.dcp} leaves TP/dcp = {m} ranks, no multiple of g={model.g}: they share whole caches"
+            return [Refusal("decode context", said)]
+        return stock_heads(model.h, model.g, tp)
+    name = "kvp" if layout.kvp > 1 else "adp"
+    if model.g % m or model.h % (tp if layout.kvp > 1 else m):
+        said = f"{name}={layout.shared} leaves TP/{name} = {m} ranks for h={model.h} and g={model.g} heads"
+        return [Refusal(f"{name} heads", said)]
+    return []
 
 
 def _pipeline(model: ModelShape, layout: Layout) -> list[Refusal]:
@@ -96,6 +113,8 @@ def _features(share: Share) -> list[Refusal]:
         found.append(Refusal("FSDP", said))
     if not workload.training and (layout.recompute != "none" or layout.zero == "replicated"):
         found.append(Refusal("training only", "recompute and zero concern training only (but for zero=full)"))
+    if layout.shared > 1 and workload.mode != "decode":
+        found.append(Refusal("decode alone", "dcp, kvp and adp spread a cache: they concern decode"))
     if workload.mode == "decode" and layout.zero == "full":
         found.append(Refusal("FSDP in decode", "zero=full (FSDP) would gather all weights for every token"))
     return found
@@ -145,13 +164,16 @@ def _exchange(share: Share) -> list[Refusal]:
     exchange = share.layout.exchange
     decode = share.workload.mode == "decode"
     asked = RULES.get(exchange)
-    if decode and asked is not None and not asked.caches:
+    if decode and asked is not None and asked.cached(share.attention_shape) is None:
         # Said first: whether one position suits the exchange is beside the point.
-        return [_no_cache(asked.name)]
+        return [_no_cache(share, asked.name)]
     try:
         rule = share.rule
     except RefusedError as error:
         return [Refusal(f"exchange {exchange}", str(error))]
+    if share.layout.shared > 1:
+        refusal = rule.refusal(share.attention_shape)
+        return [] if refusal is None else [refusal]
     if share.layout.cp > 1:
         if not share.fused_attention:
             return [_no_fused_kernel(share)]
@@ -160,11 +182,12 @@ def _exchange(share: Share) -> list[Refusal]:
             others = _listed(other.name for other in able if other.refusal(share.attention_shape) is None)
             said = f"exchange `{rule.name}` cannot do context parallelism" + (f"; {others} can" if others else "")
             return [Refusal(f"context parallelism under {rule.name}", said)]
-    return [_no_cache(rule.name)] if decode and not rule.caches else []
+    return [_no_cache(share, rule.name)] if decode and share.cached is None else []
 
 
-def _no_cache(name: str) -> Refusal:
-    others = _listed(other.name for other in RULES.values() if other.exact and other.caches)
+def _no_cache(share: Share, name: str) -> Refusal:
+    shape = share.attention_shape
+    others = _listed(other.name for other in RULES.values() if other.exact and other.cached(shape) is not None)
     return Refusal(f"cache under {name}", f"exchange `{name}` has no key/value cache; decode needs {others}")
 
 

@@ -62,12 +62,14 @@ def on_whole_tokens(share: Share, forward: Program, backward: Program) -> tuple[
 
 
 def gathered_keys_values(share: Share) -> tuple[Program, Program]:
-    """Keys and values of all tokens, where a rank has an n-th of each sample's; and their gradients."""
+    """Keys and values of all tokens, where a rank has an n-th of each sample's, or of the token that is decoded and its
+    query, too, where a rank has an n-th of a cache; and their gradients."""
     size = float(share.rule.gathered(share.attention_shape) * share.e)
     if not size:
         return (), ()
-    order = Block((Stream("order keys and values", 2 * size),))
-    gather = Collective("gather keys and values", "all_gather", "dim", size)
+    what = "qkv" if share.attention_shape.decodes else "keys and values"
+    order = Block((Stream(f"order {what}", 2 * size),))
+    gather = Collective(f"gather {what}", "all_gather", "dim", size)
     reduce = Collective("reduce key and value gradients", "reduce_scatter", "dim", size)
     return (Block((), (gather,)), order), (order, Block((), (reduce,)))
 

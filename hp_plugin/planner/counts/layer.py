@@ -8,7 +8,7 @@ from hp_plugin.planner.counts.exchange import exchanged
 from hp_plugin.planner.counts.gathering import on_whole_tokens, with_weights
 from hp_plugin.planner.counts.linear import column_backward, column_forward, row_backward, row_forward
 from hp_plugin.planner.counts.moe import moe_backward, moe_forward
-from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Program, Stream
+from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Gemm, Program, Stream
 from hp_plugin.planner.counts.share import Share
 
 
@@ -27,6 +27,8 @@ def layer_passes(share: Share, moe: bool, ends: bool = False) -> Passes:
         ends: whether it is the layer of a stage with which is counted what happens once in a stage where weights move.
     """
     within = share.within
+    if share.spreads_samples and not moe:
+        return Passes(attention_forward(within) + mlp_of_all_samples(share), ())
     ahead, back = _experts(share) if moe else (mlp_forward(within), mlp_backward(within))
     forward, backward = attention_forward(within) + ahead, back + attention_backward(within)
     recompute = share.layout.recompute
@@ -50,8 +52,7 @@ def _experts(share: Share) -> tuple[Program, Program]:
 
 def attention_forward(share: Share) -> Program:
     """Norm, QKV, exchange, core attention, exchange, projection, residual."""
-    model = share.model
-    rows = (model.h + 2 * model.g) * model.d // share.P
+    model, rows = share.model, share.qkv_rows
     parts = exchanged(share)
     return (
         _norm(share, 2),
@@ -68,8 +69,7 @@ def attention_forward(share: Share) -> Program:
 
 def attention_backward(share: Share) -> Program:
     """The gradient of `attention_forward`, in backward order."""
-    model = share.model
-    rows = (model.h + 2 * model.g) * model.d // share.P
+    model, rows = share.model, share.qkv_rows
     parts = exchanged(share)
     return (
         _residual(share),
@@ -95,6 +95,26 @@ def mlp_forward(share: Share) -> Program:
         *row_forward(share, "fc2", inner),
         *_norm_after(share, 2),
         _residual(share),
+    )
+
+
+def mlp_of_all_samples(share: Share) -> Program:
+    """The MLP, split over all ranks, of samples that attention has spread over them."""
+    within = share.within
+    inner = share.model.ffn // share.P
+    first = inner * (2 if share.model.gated else 1)
+    gather = Collective("gather samples", "all_gather", "dim", share.hidden_bytes)
+    # Where heads are split, too, several ranks go on with the same samples.
+    kind = "reduce_scatter" if share.layout.m == 1 else "all_reduce"
+    scatter = Collective("fc2: sum", kind, "tp", share.hidden_bytes)
+    return (
+        _norm(within, 2),
+        Block((), (gather,)),
+        Block((Gemm("fc1", share.tokens, first, share.model.D),)),
+        Block((Stream("activation", float(first + inner) * share.tokens * share.e),)),
+        Block((Gemm("fc2", share.tokens, share.model.D, inner),), (scatter,)),
+        *_norm_after(within, 2),
+        _residual(within),
     )
 
 

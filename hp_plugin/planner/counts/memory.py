@@ -91,10 +91,9 @@ def _lasting(share: Share, chunks: list[Stage], parameters: list[RankParameters]
         block = share.block_shape(1, 0) if any(stage.dense for stage in chunks) else share.block_shape(0, 1)
         weights += 2 * share.e * (block.weights + block.biases) / layout.m
     if workload.mode == "decode":
-        # Keys and values of every position; of the sequences and channels that this rank's attention sees.
-        sequences = workload.global_batch / layout.dp * share.inner.samples / share.b
-        per_token = 2.0 * share.groups * share.inner.channels * share.e
-        cache = sequences * workload.seq * per_token * sum(stage.layers for stage in chunks)
+        assert share.cached is not None, "exchanges without a cache are refused before"
+        per_layer = share.cached.elements(share.groups) * share.e
+        cache = float(share.micro_batches * per_layer * sum(stage.layers for stage in chunks))
     return Memory(weights, gradients, optimizer, 0.0, buffers(share, chunks), cache)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from hp_plugin.exchange.rule import STOCK, AttentionShape, BlockShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import STOCK, AttentionShape, BlockShape, Cached, ExchangeRule, Inner
 from hp_plugin.exchange.rules import RULES
-from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, stage_parameters
+from hp_plugin.planner.counts.served_attention import AttentionData, served_rule
+from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, qkv_rows, stage_parameters
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -49,8 +50,16 @@ class Share:
 
     @cached_property
     def within(self) -> Share:
-        """What the layers of a block work on: itself, or, where weights move, this rank's share of the tokens."""
-        return replace(self, inside=True) if self.rule.moves_weights else self
+        """What the layers of a block (of attention data parallelism: attention) work on.
+
+        Itself, or, where weights move or attention's lie whole, this rank's share of the tokens.
+        """
+        return replace(self, inside=True) if self.rule.moves_weights or self.spreads_samples else self
+
+    @property
+    def spreads_samples(self) -> bool:
+        """Whether attention works on a share of the samples, and all else on all of them."""
+        return isinstance(self.rule, AttentionData)
 
     @property
     def P(self) -> int:
@@ -126,12 +135,22 @@ class Share:
     @property
     def gathers_qkv(self) -> bool:
         """Whether stock attention has fewer key/value heads than ranks and gathers QKV over the TP group."""
-        return self.layout.grid is None and self.model.g < self.P
+        return self.layout.grid is None and self.layout.shared == 1 and self.model.g < self.P
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of one rank's QKV weight."""
+        return qkv_rows(self.model, self.layout) if self.layout.shared > 1 else self._qkv // self.P
+
+    @property
+    def _qkv(self) -> int:
+        return (self.model.h + 2 * self.model.g) * self.model.d
 
     @cached_property
     def qkv_bytes(self) -> float:
         """Bytes of one rank's part of the QKV projection's output."""
-        return (self.model.h + 2 * self.model.g) * self.model.d / self.P * self.tokens * self.e
+        rows = self.qkv_rows if self.layout.shared > 1 else self._qkv / self.P
+        return rows * self.tokens * self.e
 
     @cached_property
     def context_bytes(self) -> float:
@@ -152,6 +171,7 @@ class Share:
             n=self.layout.n,
             rotary=round(model.d * model.rotary_percent) if model.rotary else 0,
             qk_norm=("LayerNorm" if model.norm_biases else "RMSNorm") if model.qk_norm else None,
+            cache=self.workload.seq if self.workload.mode == "decode" else 0,
         )
 
     def block_shape(self, dense: int, moe: int) -> BlockShape:
@@ -180,7 +200,7 @@ class Share:
         """
         grid = self.layout.grid
         if grid is None or not self.layout.exchange:
-            return STOCK
+            return served_rule(self.layout) or STOCK
         # Whether a sequence suits an exchange is asked of all of it, whatever context parallelism leaves of it.
         return RULES[grid.check_shape(replace(self.attention_shape, s=self.workload.new_tokens_per_sequence))]
 
@@ -188,6 +208,11 @@ class Share:
     def inner(self) -> Inner:
         """What inner attention sees."""
         return self.rule.inner(self.attention_shape)
+
+    @cached_property
+    def cached(self) -> Cached | None:
+        """What one rank caches of one micro-batch in a layer; None where the exchange has no cache."""
+        return self.rule.cached(self.attention_shape)
 
     @cached_property
     def fused_attention(self) -> bool:

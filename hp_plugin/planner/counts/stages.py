@@ -40,7 +40,7 @@ def build_stages(model: ModelShape, layout: Layout) -> list[Stage]:
     stages = []
     at = 0
     for index, count in enumerate(split):
-        moe = sum(model.is_moe(layer) for layer in range(at, at + count))
+        moe = model.moe_layers_before(at + count) - model.moe_layers_before(at)
         stages.append(Stage(count - moe, moe, index == 0, index == len(split) - 1))
         at += count
     return stages
@@ -69,6 +69,8 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankPar
     norms = model.norms * model.norm_parameters + model.qk_norm_parameters
     replicated = norms * stage.layers + stage.moe * model.D * model.experts + biases
     sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters - biases
+    if layout.shared > 1:
+        replicated += stage.layers * _more_attention(model, layout)
     experts = stage.moe * model.experts // layout.ep * model.mlp_parameters
     if stage.first:
         sharded += model.vocab * model.D
@@ -85,3 +87,16 @@ def row_biases(model: ModelShape, stage: Stage) -> int:
     after_attention = stage.layers if model.biases or model.proj_bias else 0
     after_mlp = stage.dense if model.biases or model.mlp_bias else 0
     return model.D * (after_attention + after_mlp)
+
+
+def qkv_rows(model: ModelShape, layout: Layout) -> int:
+    """Rows of a rank's QKV weight where ranks share a cache: whole key/value heads, as servers have them."""
+    query_heads = model.h // (layout.tp if layout.dcp > 1 else layout.m)
+    return (query_heads + 2 * max(1, model.g // layout.m)) * model.d
+
+
+def _more_attention(model: ModelShape, layout: Layout) -> float:
+    """Weights of a layer's attention that a rank has beyond its TP-th of them."""
+    heads = model.h * model.d
+    projection = heads / (layout.m if layout.adp > 1 else layout.tp)
+    return model.D * (qkv_rows(model, layout) + projection - (2 * heads + 2 * model.g * model.d) / layout.tp)

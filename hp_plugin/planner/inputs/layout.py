@@ -7,11 +7,13 @@ from difflib import get_close_matches
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO
-from hp_plugin.grid.ranks import DIM_INNERMOST
+from hp_plugin.grid.ranks import DIM_INNERMOST, HEAD_INNERMOST
 
 RECOMPUTE = ("none", "selective", "full")
 ZERO = ("replicated", "optimizer", "full")
 MOE_BACKENDS = ("megatron", "deepspeed")
+SERVED = ("dcp", "kvp", "adp")
+"""How servers spread attention over more tensor-parallel ranks than there are key/value heads, when they decode."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Layout:
         recompute: activations computed again in backward (`selective`: core attention, `full`: whole layers).
         zero: what data parallelism shards: nothing, the optimizer (Megatron's distributed optimizer, ZeRO-1), or
             everything (FSDP, ZeRO-3).
+        dcp: ranks that share a head's cache by tokens, each with its own query heads (decode context parallelism of
+            vLLM and SGLang). kvp: the same where each has the query heads of all of them (Helix). adp: ranks that share
+            it by sequences, with attention's weights whole on each (attention data parallelism). Stock attention alone.
         fused: whether the norm, bias and activation kernels are fused (Megatron with Transformer Engine) or not.
 
     Raises:
@@ -48,9 +53,12 @@ class Layout:
     zero: str = "optimizer"
     moe: str = "megatron"
     fused: bool = True
+    dcp: int = 1
+    kvp: int = 1
+    adp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch"):
+        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch", *SERVED):
             if getattr(self, name) < 1:
                 raise ValueError(f"layout: {name} must be at least 1, got {getattr(self, name)}")
         for name, words in (("recompute", RECOMPUTE), ("zero", ZERO), ("moe", MOE_BACKENDS)):
@@ -58,6 +66,17 @@ class Layout:
                 raise ValueError(f"layout: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         if self.grid is not None and self.grid.size != self.tp:
             raise ValueError(f"layout: grid {self.grid.m}x{self.grid.n} makes tp={self.grid.size}, not {self.tp}")
+        served = [f"{name}={getattr(self, name)}" for name in SERVED if getattr(self, name) > 1]
+        if len(served) > 1 or (served and self.grid is not None):
+            others = " and ".join([*served, *(["grid"] if self.grid else [])])
+            raise ValueError(f"layout: {others} spread attention in different ways: give one of them")
+        if self.tp % self.shared:
+            raise ValueError(f"layout: {served[0]} does not divide tp={self.tp}")
+
+    @property
+    def shared(self) -> int:
+        """Ranks that share one cache in a server's way; 1 in others."""
+        return self.dcp * self.kvp * self.adp
 
     @property
     def world(self) -> int:
@@ -81,13 +100,13 @@ class Layout:
 
     @property
     def m(self) -> int:
-        """Size of the head axis: tp without a grid."""
-        return self.grid.m if self.grid else self.tp
+        """Size of the head axis; without a grid tp, or what is left of it by ranks that share a cache."""
+        return self.grid.m if self.grid else self.tp // self.shared
 
     @property
     def n(self) -> int:
-        """Size of the dim axis: 1 without a grid."""
-        return self.grid.n if self.grid else 1
+        """Size of the dim axis; without a grid ranks that share a cache, 1 where none do."""
+        return self.grid.n if self.grid else self.shared
 
     @property
     def exchange(self) -> str:
@@ -96,8 +115,8 @@ class Layout:
 
     @property
     def order(self) -> str:
-        """Which axis of the grid has neighbouring ranks."""
-        return self.grid.grid.order if self.grid else DIM_INNERMOST
+        """Which axis of the grid has neighbouring ranks; with attention data parallelism those that split heads."""
+        return self.grid.grid.order if self.grid else HEAD_INNERMOST if self.adp > 1 else DIM_INNERMOST
 
     @property
     def stages(self) -> int:
@@ -108,11 +127,13 @@ class Layout:
     def kind(self) -> str:
         """What sort of layout this is, for tables of the best of each."""
         name = f"grid {self.grid.m}x{self.grid.n} {self.grid.exchange}" if self.grid else f"stock TP={self.tp}"
+        name += "".join(f" {axis.upper()}={getattr(self, axis)}" for axis in SERVED if getattr(self, axis) > 1)
         return name + (f" PP={self.pp}" if self.pp > 1 else "") + (f" CP={self.cp}" if self.cp > 1 else "")
 
     def __str__(self) -> str:
         parts = [f"grid={self.grid.m}x{self.grid.n},exchange={self.grid.exchange}" if self.grid else f"tp={self.tp}"]
-        parts += [f"order={self.order}"] if self.order != DIM_INNERMOST else []
+        parts += [f"order={self.order}"] if self.grid and self.order != DIM_INNERMOST else []
+        parts += [f"{name}={getattr(self, name)}" for name in SERVED if getattr(self, name) > 1]
         default = Layout()
         for name, value in (
             ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("dp", self.dp), ("ep", self.ep),

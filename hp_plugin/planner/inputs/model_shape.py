@@ -107,7 +107,11 @@ class ModelShape:
     @property
     def moe_layers(self) -> int:
         """Layers with experts."""
-        return len([layer for layer in range(self.layers) if self.is_moe(layer)])
+        return self.moe_layers_before(self.layers)
+
+    def moe_layers_before(self, layer: int) -> int:
+        """Layers with experts among the first `layer`."""
+        return -(-layer // self.moe_every) if self.experts else 0
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) has experts."""

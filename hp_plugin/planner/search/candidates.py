@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
-from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.layout import SERVED, Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
 
@@ -26,7 +26,7 @@ class Search:
     Args:
         exchanges: exchanges of grids. tp_overlap: also layouts with `--tp-comm-overlap`.
         max_micro_batch: largest micro-batch. micro_batches: only layouts with this many micro-batches per step.
-        tensor_parallel: only these TP sizes.
+        tensor_parallel: only these TP sizes. served: in decode also what servers do with stock attention.
     """
 
     exchanges: tuple[str, ...] = tuple(RULES)
@@ -34,6 +34,7 @@ class Search:
     max_micro_batch: int = 64
     micro_batches: int | None = None
     tensor_parallel: tuple[int, ...] | None = None
+    served: bool = False
 
 
 def candidate_layouts(
@@ -53,6 +54,9 @@ def candidate_layouts(
                 dp = gpus // (tp * pp * cp)
                 for grid in (None, *_grids(tp, search, domain)):
                     yield from _sized(model, workload, search, tp, grid, pp, cp, dp)
+                for way, ranks in _served(tp) if search.served and workload.mode == "decode" else ():
+                    for layout in _sized(model, workload, search, tp, None, pp, cp, dp):
+                        yield replace(layout, **{way: ranks})
 
 
 def _tensor_sizes(gpus: int, search: Search) -> list[int]:
@@ -65,6 +69,12 @@ def _context_sizes(ranks: int, workload: Workload) -> list[int]:
     if workload.mode == "decode":
         return [1]
     return [cp for cp in _divisors(ranks) if cp == 1 or workload.seq // cp >= MIN_CONTEXT_SHARE]
+
+
+def _served(tp: int) -> Iterator[tuple[str, int]]:
+    for ranks in _divisors(tp):
+        if ranks > 1:
+            yield from ((way, ranks) for way in SERVED)
 
 
 def _grids(tp: int, search: Search, domain: int | None) -> Iterator[HeadDimConfig]:
