@@ -23,6 +23,22 @@ def shorten(text: str, longest: int = 120) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+LONGEST = 300
+"""Characters of a message that a command prints; longer ones are read by nobody."""
+quoted = shown
+
+
+def shortened(text: str, most: int = LONGEST) -> str:
+    """A message of one line and at most so many characters: of several reasons the first ones."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    kept = text[: most - 3]
+    # The last reason that is whole, unless that is hardly anything.
+    end = kept.rfind("; ")
+    return f"{kept[:end]}; …" if end > most // 2 else f"{kept}…"
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One reason why a model, a layout or an exchange cannot run as asked.

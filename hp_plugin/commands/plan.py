@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import inf
 from pathlib import Path
 
-from hp_plugin.planner.counts.feasibility import memory_refusal
+from hp_plugin.planner.counts.feasibility import MAX_GPUS, memory_refusal
 from hp_plugin.planner.inputs.launch_script import launch_words
-from hp_plugin.planner.inputs.layout import Layout
+from hp_plugin.planner.inputs.layout import MAX_SIZE, Layout
 from hp_plugin.planner.inputs.megatron_launch import read_launch
 from hp_plugin.planner.inputs.model_shape import load_model, presets
 from hp_plugin.planner.inputs.workload import MODES, Workload
@@ -29,8 +29,10 @@ from hp_plugin.planner.search.candidates import Search
 from hp_plugin.planner.search.plan import make_plan
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict
-from hp_plugin.refusal import RefusedError
+from hp_plugin.refusal import RefusedError, quoted, shortened
 
+MAX_DRAWN = 4096
+"""Micro-batches beyond which nobody looks at a picture of all of them."""
 _SUITES = {"kv-heads": kv_heads.kv_heads_report, "long-context": long_context.long_context_report}
 
 
@@ -46,25 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LINE",
         help="a launch of Megatron-LM that you have, as a command line or a script with its arguments: what to change",
     )
-    what.add_argument("--gpus", type=int, help="16, or what --from-launch starts")
+    what.add_argument("--gpus", type=_integer, help="16, or what --from-launch starts")
     what.add_argument("--hardware", default="h100-ib", help=f"{', '.join(shipped())}, or FILE.json")
-    what.add_argument("--mode", choices=MODES, default="train")
-    what.add_argument("--global-batch", type=int, default=1024, help="sequences per step (decode: sequences at a time)")
-    what.add_argument("--seq", type=int, default=2048, help="tokens per sequence (decode: context length)")
+    what.add_argument("--mode", type=_word, choices=MODES, default="train")
+    what.add_argument(
+        "--global-batch", type=_integer, default=1024, help="sequences per step (decode: sequences at a time)"
+    )
+    what.add_argument("--seq", type=_integer, default=2048, help="tokens per sequence (decode: context length)")
     what.add_argument("--continuous", action="store_true", help="decode: micro-batches follow each other without a gap")
-    what.add_argument("--memory-gb", type=float, help="device memory, if not the hardware's")
+    what.add_argument("--memory-gb", type=_number, help="device memory, if not the hardware's")
     what.add_argument("--grad-reduce-in-bf16", action="store_true", help="as in Megatron: gradients reduced in 16 bit")
-    what.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="fp16: gradients reduced in 16 bit")
+    what.add_argument(
+        "--dtype", type=_word, choices=("bf16", "fp16"), default="bf16", help="fp16: gradients reduced in 16 bit"
+    )
     search = parser.add_argument_group("which layouts")
-    search.add_argument("--tp", type=int, nargs="+", metavar="SIZE", help="only these tensor-parallel sizes")
+    search.add_argument("--tp", type=_integer, nargs="+", metavar="SIZE", help="only these tensor-parallel sizes")
     search.add_argument(
-        "--exchange", nargs="+", choices=Search().exchanges, default=list(Search().exchanges), help="exchanges of grids"
+        "--exchange",
+        nargs="+",
+        type=_word,
+        choices=Search().exchanges,
+        default=list(Search().exchanges),
+        help="exchanges of grids",
     )
     search.add_argument("--tp-comm-overlap", action="store_true", help="also layouts with Megatron's --tp-comm-overlap")
-    search.add_argument("--max-micro-batch", type=int, default=64)
-    search.add_argument("--micro-batches", type=int, help="only layouts with this many micro-batches per step")
+    search.add_argument("--max-micro-batch", type=_integer, default=64)
+    search.add_argument("--micro-batches", type=_integer, help="only layouts with this many micro-batches per step")
     out = parser.add_argument_group("what to show")
-    out.add_argument("--top", type=int, default=10)
+    out.add_argument("--top", type=_integer, default=10)
     out.add_argument("--list-refused", action="store_true", help="every layout that cannot run, with its reason")
     out.add_argument("--explain", metavar="LAYOUT", help="where one layout's step goes, for example tp=8,pp=2,mbs=4")
     out.add_argument("--trace", type=Path, metavar="FILE.json", help="with --explain: Chrome trace, opens in Perfetto")
@@ -75,13 +86,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.png",
         help="grids over tokens per micro-batch: whether activations or weights send less, and what is fastest",
     )
-    out.add_argument("--sweep", choices=sweep.KINDS, help="curves over powers of two")
+    out.add_argument("--sweep", type=_word, choices=sweep.KINDS, help="curves over powers of two")
     out.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="with --sweep: layouts to draw")
-    out.add_argument("--sweep-to", type=int, default=4096, help="largest --sweep seq or gpus")
+    out.add_argument("--sweep-to", type=_integer, default=4096, help="largest --sweep seq or gpus")
     out.add_argument("--validate", action="store_true", help="predicted against published measurements")
-    out.add_argument("--reproduce", choices=("paper",), help="the source experiments' rows beside predictions")
+    out.add_argument(
+        "--reproduce", type=_word, choices=("paper",), help="the source experiments' rows beside predictions"
+    )
     out.add_argument(
         "--suite",
+        type=_word,
         choices=_SUITES,
         help="public models: at TP sizes beyond their key/value heads; decoding at contexts of 32k and 128k (minutes)",
     )
@@ -93,13 +107,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--gemm-table", type=Path, metavar="FILE.csv", help="columns batch,m,n,k,tflops")
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes an integer, got {quoted(text)}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number, got {quoted(text)}") from None
+
+
+def _word(text: str) -> str:
+    # argparse repeats in full what is no choice.
+    return text if len(text) < 60 else quoted(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints what was asked for; returns the exit code.
 
     Raises:
         ValueError: anything the user can mend, in one line.
     """
-    for line in _lines(args):
+    try:
+        lines = _lines(args)
+    except ValueError as error:
+        # Of many reasons the first; whoever wants all lists the refused layouts.
+        raise ValueError(shortened(str(error))) from None
+    for line in lines:
         print(line)
     return 0
 
@@ -135,13 +173,11 @@ def _lines(args: argparse.Namespace) -> list[str]:
         continuous=args.continuous,
     )
     if args.explain is not None:
-        return _explained(
-            args,
-            model.name,
-            predict(model, Layout.parse(args.explain, args.gpus), workload, hardware, True),
-            hardware,
-            capacity,
-        )
+        layout = Layout.parse(args.explain, args.gpus)
+        drawn = args.trace is not None or args.png is not None
+        if drawn and workload.global_batch > MAX_DRAWN * layout.dp * layout.micro_batch:
+            raise ValueError(f"--trace and --png draw up to {MAX_DRAWN:,} micro-batches: use a smaller --global-batch")
+        return _explained(args, model.name, predict(model, layout, workload, hardware, drawn), hardware, capacity)
     if args.sweep:
         layouts = [Layout.parse(text, args.gpus) for text in args.layouts or []]
         if len(set(layouts)) < len(layouts):
@@ -244,12 +280,16 @@ def _check(args: argparse.Namespace) -> None:
         if twice:
             raise ValueError(f"--from-launch has its own model and batch and takes no {' or '.join(twice)}")
     for size in args.tp or ():
-        if size < 1:
-            raise ValueError(f"--tp must be positive, got {size}")
+        if not 1 <= size <= MAX_SIZE:
+            said = "positive" if size < 1 else f"at most {MAX_SIZE:,}"
+            raise ValueError(f"--tp must be {said}, got {quoted(size)}")
+    if args.gpus is not None and args.gpus > MAX_GPUS:
+        raise ValueError(f"--gpus must be at most {MAX_GPUS:,}, got {quoted(args.gpus)}")
     for name in ("gpus", "top", "max_micro_batch", "sweep_to", "micro_batches", "memory_gb"):
         value = getattr(args, name)
-        if value is not None and not (value > 0 and isfinite(value)):
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
+        if value is not None and not 0 < value <= MAX_SIZE:
+            said = "positive" if not 0 < value < inf else f"at most {MAX_SIZE:,}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {said}, got {quoted(value)}")
     if args.trace and args.explain is None:
         raise ValueError("--trace draws one step: name its layout with --explain")
     if args.png and args.explain is None and not args.sweep:

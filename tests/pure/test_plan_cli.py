@@ -49,7 +49,7 @@ def test_logs_may_be_named_and_have_equal_signs_in_their_paths(
 ) -> None:
     log = tmp_path / "a=b.txt"
     ranks = "".join(f"#  Rank  {r} Group  0 Pid 1 on   a device  {r} [0x18] NVIDIA H100\n" for r in range(4))
-    log.write_text(f"{ranks}1048576 1 float sum -1 5000 1 1 0 5000 1 1 0\n")
+    log.write_text(f"{ranks}1048576 1 float sum -1 5000 0.21 0.31 0 5000 0.21 0.31 0\n")
     text = out(capsys, "--show-hardware", "--nccl-tests", f"alltoall={log}")
     assert "all_to_all, 4 ranks on 1 node(s)" in text and "a=b.txt" in text
     log.write_text("alltoall_perf\n" + log.read_text())
@@ -90,7 +90,7 @@ def test_own_measurements_change_the_prediction(capsys: pytest.CaptureFixture[st
     assert step[0] > 3 * step[1]
     log = tmp_path / "log.txt"
     ranks = "".join(f"#  Rank  {r} Group  0 Pid 1 on   a device  {r} [0x18] NVIDIA H100\n" for r in range(4))
-    log.write_text(f"all_reduce_perf\n{ranks}1048576 1 float sum -1 5000 1 1 0 5000 1 1 0\n")
+    log.write_text(f"all_reduce_perf\n{ranks}1048576 1 float sum -1 5000 0.21 0.31 0 5000 0.21 0.31 0\n")
     slow = out(capsys, "--explain", "tp=4,mbs=2", "--nccl-tests", str(log))
     assert float(slow.splitlines()[1].split()[1]) > step[1]
     assert "log.txt" in out(capsys, "--show-hardware", "--nccl-tests", str(log))

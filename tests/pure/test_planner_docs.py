@@ -10,7 +10,7 @@ import pytest
 from hp_plugin.commands import plan as plan_cli
 from hp_plugin.planner.inputs.model_shape import presets
 from hp_plugin.planner.machine.hardware import shipped
-from hp_plugin.planner.reports import reproduce, validate
+from hp_plugin.planner.reports import long_context, reproduce, validate
 
 DOCS = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
 BLOCKS = [block.splitlines() for block in re.findall(r"```text\n(.*?)\n```", DOCS, flags=re.DOTALL)]
@@ -33,6 +33,17 @@ def test_the_reproduction_tables_are_current() -> None:
 def test_the_table_of_public_models_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_cli.main(["--suite", "kv-heads"]) == 0
     assert stripped(BLOCKS[2]) == stripped(capsys.readouterr().out.splitlines())
+
+
+def test_a_case_of_long_contexts_is_current() -> None:
+    found = long_context.case_lines(long_context.case("llama3-405b", "h100-ib", 131_072))
+    at = stripped(BLOCKS[3]).index(found[0])
+    assert stripped(BLOCKS[3])[at : at + len(found)] == stripped(found)
+
+
+@pytest.mark.slow
+def test_the_table_of_long_contexts_is_current() -> None:
+    assert stripped(BLOCKS[3]) == stripped(long_context.long_context_report())
 
 
 def test_commands_in_the_docs_name_what_exists() -> None:

@@ -159,8 +159,8 @@ def test_files_that_are_no_description_are_named(tmp_path: Path) -> None:
         ({"based_on": "h100-ib", "gemm": "no.json"}, "no gemm table 'no.json', neither beside"),
         (machine_with("domain", 7.5), "domain: must be a whole number, got 7.5"),
         (machine_with("gemm_efficiency", 5), "gemm_efficiency: a share is at most 1, got 5"),
-        (machine_with("nic_bytes_per_s", float("inf")), "value must be a positive number, got inf"),
-        (machine_with("nic_bytes_per_s", float("nan")), "value must be a positive number, got nan"),
+        (machine_with("nic_bytes_per_s", float("inf")), "'Infinity' is no finite number"),
+        (machine_with("nic_bytes_per_s", float("nan")), "'NaN' is no finite number"),
         (machine_with("collective_multiprocessors", 132), "132 of 132 multiprocessors leave none for kernels"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.memory import Memory
@@ -13,6 +14,12 @@ from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.refusal import Refusal, RefusedError
 
+MAX_GPUS = 65_536
+"""GPUs beyond which a number is taken for a typing error."""
+MAX_STAGES = 512
+"""Virtual pipeline stages beyond which a simulated step takes longer than anybody waits."""
+SCORED = 2**20
+"""Tokens beyond which sums of scores are not counted block by block."""
 MEMORY = "memory"
 """Kind of the refusals whose amount is the bytes that are missing."""
 
@@ -20,6 +27,8 @@ MEMORY = "memory"
 def shape_refusals(share: Share) -> list[Refusal]:
     """Everything that keeps these sizes from fitting together; empty if nothing does."""
     model, layout = share.model, share.layout
+    if layout.world > MAX_GPUS:
+        return [Refusal("GPUs", f"{layout.world:,} GPUs are more than the {MAX_GPUS:,} that are planned")]
     found = [*width_refusals(model, layout), *_pipeline(model, layout)]
     found += [*_batch(share), *_features(share), *_experts(share)]
     return found or _exchange(share)
@@ -68,6 +77,8 @@ def _served_heads(model: ModelShape, layout: Layout) -> list[Refusal]:
 
 
 def _pipeline(model: ModelShape, layout: Layout) -> list[Refusal]:
+    if layout.stages > MAX_STAGES:
+        return [Refusal("stages", f"pp·vpp = {layout.stages} stages are more than the {MAX_STAGES} that are planned")]
     if layout.vpp > 1 and layout.pp == 1:
         return [Refusal("virtual stages", f"vpp={layout.vpp} needs pipeline parallelism")]
     if layout.vpp > 1 and model.layers % layout.stages:
@@ -174,6 +185,8 @@ def _exchange(share: Share) -> list[Refusal]:
     if share.layout.shared > 1:
         refusal = rule.refusal(share.attention_shape)
         return [] if refusal is None else [refusal]
+    if share.workload.seq > SCORED and rule.score_blocks(replace(share.attention_shape, s=1)):
+        return [Refusal("long scores", f"exchange `{rule.name}` is planned for up to {SCORED:,} tokens")]
     if share.layout.cp > 1:
         if not share.fused_attention:
             return [_no_fused_kernel(share)]

@@ -67,7 +67,7 @@ def stage_parameters(model: ModelShape, layout: Layout, stage: Stage) -> RankPar
     tp = layout.tp
     biases = row_biases(model, stage)
     norms = model.norms * model.norm_parameters + model.qk_norm_parameters
-    replicated = norms * stage.layers + stage.moe * model.D * model.experts + biases
+    replicated: float = norms * stage.layers + stage.moe * model.D * model.experts + biases
     sharded = stage.layers * model.attention_parameters + stage.dense * model.mlp_parameters - biases
     if layout.shared > 1:
         replicated += stage.layers * _more_attention(model, layout)

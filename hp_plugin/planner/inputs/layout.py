@@ -8,9 +8,12 @@ from difflib import get_close_matches
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO
 from hp_plugin.grid.ranks import DIM_INNERMOST, HEAD_INNERMOST
+from hp_plugin.refusal import quoted
 
 RECOMPUTE = ("none", "selective", "full")
 ZERO = ("replicated", "optimizer", "full")
+MAX_SIZE = 2**20
+"""Ranks of an axis, or sequences in a micro-batch, beyond which a number is taken for a typing error."""
 MOE_BACKENDS = ("megatron", "deepspeed")
 SERVED = ("dcp", "kvp", "adp")
 """How servers spread attention over more tensor-parallel ranks than there are key/value heads, when they decode."""
@@ -59,11 +62,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch", *SERVED):
-            if getattr(self, name) < 1:
-                raise ValueError(f"layout: {name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not 1 <= value <= MAX_SIZE:
+                said = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
+                raise ValueError(f"layout: {name} must be {said}, got {quoted(value)}")
         for name, words in (("recompute", RECOMPUTE), ("zero", ZERO), ("moe", MOE_BACKENDS)):
             if getattr(self, name) not in words:
-                raise ValueError(f"layout: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+                raise ValueError(f"layout: {name} must be one of {', '.join(words)}, got {quoted(getattr(self, name))}")
         if self.grid is not None and self.grid.size != self.tp:
             raise ValueError(f"layout: grid {self.grid.m}x{self.grid.n} makes tp={self.grid.size}, not {self.tp}")
         served = [f"{name}={getattr(self, name)}" for name in SERVED if getattr(self, name) > 1]
@@ -169,9 +174,9 @@ class Layout:
             if key not in _KEYS:
                 near = get_close_matches(key, _KEYS, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"layout {text!r}: unknown key {key!r}{hint}")
+                raise ValueError(f"layout {quoted(text)}: unknown key {quoted(key)}{hint}")
             if key in given:
-                raise ValueError(f"layout {text!r}: {key} is given twice")
+                raise ValueError(f"layout {quoted(text)}: {key} is given twice")
             given[key] = value if equals else "on"
         grid = _grid(text, given)
         values: dict[str, object] = {}
@@ -184,7 +189,9 @@ class Layout:
                 values[key] = _integer(text, key, value)
         if grid is not None:
             if values.get("tp", grid.size) != grid.size:
-                raise ValueError(f"layout {text!r}: grid {grid.m}x{grid.n} makes tp={grid.size}, not {values['tp']}")
+                raise ValueError(
+                    f"layout {quoted(text)}: grid {grid.m}x{grid.n} makes tp={grid.size}, not {values['tp']}"
+                )
             values["tp"], values["grid"] = grid.size, grid
         layout = cls(**values)  # type: ignore[arg-type]
         if world is None:
@@ -192,10 +199,12 @@ class Layout:
         if "dp" not in given:
             model = layout.tp * layout.pp * layout.cp
             if world % model:
-                raise ValueError(f"layout {text!r} takes a multiple of tp·pp·cp = {model} GPUs, and {world} is none")
+                raise ValueError(
+                    f"layout {quoted(text)} takes a multiple of tp·pp·cp = {model} GPUs, and {world} is none"
+                )
             return cls(**{**values, "dp": world // model})  # type: ignore[arg-type]
         if layout.world != world:
-            raise ValueError(f"layout {text!r} takes tp·pp·cp·dp = {layout.world} GPUs, not {world}")
+            raise ValueError(f"layout {quoted(text)} takes tp·pp·cp·dp = {layout.world} GPUs, not {world}")
         return layout
 
 
@@ -208,11 +217,11 @@ def _grid(text: str, given: dict[str, str]) -> HeadDimConfig | None:
     if shape is None:
         for key, value in (("exchange", exchange), ("order", order)):
             if value is not None:
-                raise ValueError(f"layout {text!r}: {key}={value} needs grid=MxN")
+                raise ValueError(f"layout {quoted(text)}: {key}={quoted(value)[1:-1]} needs grid=MxN")
         return None
     m, times, n = shape.partition("x")
     if not (times and m.isdigit() and n.isdigit()):
-        raise ValueError(f"layout {text!r}: grid takes MxN, for example 4x4, got {shape!r}")
+        raise ValueError(f"layout {quoted(text)}: grid takes MxN, for example 4x4, got {quoted(shape)}")
     return HeadDimConfig(int(m), int(n), exchange or AUTO, order or DIM_INNERMOST)
 
 
@@ -221,10 +230,10 @@ def _integer(text: str, key: str, value: str) -> int:
         return int(value)
     except ValueError:
         name = "mbs" if key == "micro_batch" else key
-        raise ValueError(f"layout {text!r}: {name} takes an integer, got {value!r}") from None
+        raise ValueError(f"layout {quoted(text)}: {name} takes an integer, got {quoted(value)}") from None
 
 
 def _switch(text: str, key: str, value: str) -> bool:
     if value not in ("on", "off"):
-        raise ValueError(f"layout {text!r}: {key} takes on or off, got {value!r}")
+        raise ValueError(f"layout {quoted(text)}: {key} takes on or off, got {quoted(value)}")
     return value == "on"

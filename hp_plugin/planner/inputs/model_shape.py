@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from hp_plugin.planner.inputs.hugging_face import fields as hugging_face
-from hp_plugin.planner.machine.json_file import package_json, read_object
+from hp_plugin.planner.inputs.hugging_face.fields import MAX_LAYERS
+from hp_plugin.planner.machine.json_file import names_file, package_json, path_said, read_object
+from hp_plugin.refusal import quoted, shortened
 
 ACTIVATIONS = ("", "silu", "gelu", "quick_gelu", "squared_relu")
 """What an MLP's activation may be; "" is SiLU in gated ones and GELU in others."""
 
-MAX_LAYERS = 10_000
-"""Layers beyond which a model is taken for a typing error."""
+MAX_SIZE = 10_000_000
+"""Width, heads, experts or vocabulary beyond which one is; positions and bases of angles are larger numbers."""
+_LARGER = {"rotary_base": 10_000, "learned_positions": 10_000, "window": 10_000}
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,18 @@ class ModelShape:
         for name in ("layers", "D", "h", "g", "d", "ffn", "top_k", "moe_every", "norms", "rotary_base"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"model {self.name}: {name} must be a positive integer, got {value!r}")
+                raise ValueError(f"model {self.name}: {name} must be a positive integer, got {quoted(value)}")
+            self._check_size(name, value)
         for name in ("vocab", "learned_positions", "experts", "window", "window_every", "rotary_interpolation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {value!r}")
+                raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {quoted(value)}")
+            self._check_size(name, value)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"model {self.name}: activation {self.activation!r} is none of {', '.join(ACTIVATIONS[1:])}"
+                f"model {self.name}: activation {quoted(self.activation)} is none of {', '.join(ACTIVATIONS[1:])}"
             )
-        if not (0 < self.rotary_percent <= 1 and self.norm_epsilon > 0 and self.rotary_scaling >= 0):
+        if not (0 < self.rotary_percent <= 1 and 0 < self.norm_epsilon < inf and 0 <= self.rotary_scaling < inf):
             raise ValueError(
                 f"model {self.name}: rotary_percent={self.rotary_percent:g} is a share, norm_epsilon="
                 f"{self.norm_epsilon:g} and rotary_scaling={self.rotary_scaling:g} are not negative"
@@ -103,6 +109,11 @@ class ModelShape:
             raise ValueError(f"model {self.name}: h={self.h} query heads are no multiple of g={self.g} key/value heads")
         if self.experts and self.top_k > self.experts:
             raise ValueError(f"model {self.name}: top_k={self.top_k} of only {self.experts} experts")
+
+    def _check_size(self, name: str, value: int) -> None:
+        most = MAX_SIZE * _LARGER.get(name, 1)
+        if value > most and name != "layers":
+            raise ValueError(f"model {self.name}: {name}={quoted(value)} is more than the {most:,} that are planned")
 
     @property
     def moe_layers(self) -> int:
@@ -213,25 +224,25 @@ def load_model(text: str) -> ModelShape:
     if "=" in first:
         return _from_fields("custom", _pairs(text))
     path = Path(first)
-    if path.suffix == ".json" or path.is_file():
-        found = read_object(path, "model file")
-        if hugging_face.MARK in found:
-            name = path.resolve().parent.name if path.stem == "config" else path.stem
-            return _from_fields(name, {**_hugging_face(path, found), **_pairs(rest)})
-        return _from_fields(path.stem, {**_shape(found), **_pairs(rest)})
+    if path.suffix == ".json" or names_file(first):
+        return _from_file(path, rest)
     near = get_close_matches(first, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"unknown model {first!r}: choose from {', '.join(known)}, give a .json file, or write "
+        f"unknown model {quoted(first)}: choose from {', '.join(known)}, give a .json file, or write "
         f"layers=..,D=..,h=..{hint}"
     )
 
 
-def _hugging_face(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+def _from_file(path: Path, changes: str) -> ModelShape:
+    found = read_object(path, "model file")
     try:
-        return hugging_face.shape_of(found)
+        if hugging_face.MARK in found:
+            name = path.resolve().parent.name if path.stem == "config" else path.stem
+            return _from_fields(name, {**hugging_face.shape_of(found), **_pairs(changes)})
+        return _from_fields(path.stem, {**_shape(found), **_pairs(changes)})
     except ValueError as error:
-        raise ValueError(f"model file {path}: {error}") from None
+        raise ValueError(shortened(f"model file {path_said(path)}: {error}")) from None
 
 
 def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,9 +265,9 @@ def _pairs(text: str) -> dict[str, Any]:
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"model: expected key=value, got {part!r}")
+            raise ValueError(f"model: expected key=value, got {quoted(part)}")
         if key.strip() in values:
-            raise ValueError(f"model: {key.strip()} is given twice")
+            raise ValueError(f"model: {quoted(key.strip())[1:-1]} is given twice")
         if value.lower() in ("true", "false"):
             values[key.strip()] = value.lower() == "true"
             continue
@@ -269,10 +280,12 @@ def _number(key: str, text: str) -> Any:
         return text
     for kind in (int, float):
         try:
-            return kind(text)
+            number: float = kind(text)
         except ValueError:
             continue
-    raise ValueError(f"model: {key} takes an integer or true/false, got {text!r}")
+        if isinstance(number, int) or isfinite(number):
+            return number
+    raise ValueError(f"model: {quoted(key)[1:-1]} takes an integer or true/false, got {quoted(text)}")
 
 
 def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
@@ -281,10 +294,10 @@ def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
         if key not in allowed or key == "name":
             near = get_close_matches(key, allowed, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model {name}: unknown field {key!r}{hint}")
+            raise ValueError(f"model {name}: unknown field {quoted(key)}{hint}")
         wanted, said = _TYPES[allowed[key]]
         if type(value) not in wanted:
-            raise ValueError(f"model {name}: {key} takes {said}, got {value!r}")
+            raise ValueError(f"model {name}: {key} takes {said}, got {quoted(value)}")
     missing = [key for key in ("layers", "D", "h") if key not in values]
     if missing:
         raise ValueError(f"model {name}: missing {', '.join(missing)}")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hp_plugin.refusal import quoted
+
+MAX_SEQ = 2**24
+"""Tokens of a sequence beyond which a number is taken for a typing error."""
+MAX_BATCH = 2**24
+"""Sequences of a step beyond which one is."""
 MODES = ("train", "forward", "decode")
 
 
@@ -33,12 +39,13 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}: choose from {', '.join(MODES)}")
+            raise ValueError(f"unknown mode {quoted(self.mode)}: choose from {', '.join(MODES)}")
         if self.continuous and self.mode != "decode":
             raise ValueError(f"continuous concerns decode, not {self.mode}")
-        for name in ("seq", "global_batch", "itemsize", "grad_itemsize"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
+        for name, most in (("seq", MAX_SEQ), ("global_batch", MAX_BATCH), ("itemsize", 8), ("grad_itemsize", 8)):
+            if not 1 <= getattr(self, name) <= most:
+                said = "at least 1" if getattr(self, name) < 1 else f"at most {most:,}"
+                raise ValueError(f"{name.replace('_', ' ')} must be {said}, got {quoted(getattr(self, name))}")
 
     @property
     def training(self) -> bool:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from math import ceil, exp, log
 from typing import Any
 
+from hp_plugin.planner.machine.parameter import positive
+from hp_plugin.refusal import quoted
+
 Rates = Mapping[int, Mapping[int, float]]
 """Operations per second by head dimension, then by sequence length."""
 
@@ -84,10 +87,14 @@ class AttentionKernel:
 
         def rates(direction: str, mask: str) -> Rates:
             return {
-                int(width): {int(length): rate * 1e12 for length, rate in by_mask[mask].items()}
+                _size(width): {_size(length): positive(rate, "rate") * 1e12 for length, rate in by_mask[mask].items()}
                 for width, by_mask in entry[direction].items()
             }
 
+        for direction in ("forward", "forward_backward"):
+            for mask in ("causal", "full"):
+                if not rates(direction, mask) or not all(rates(direction, mask).values()):
+                    raise ValueError(f"attention table, {name}, {direction}, {mask}: no rates")
         return cls(
             name,
             {causal: rates("forward", mask) for causal, mask in ((True, "causal"), (False, "full"))},
@@ -136,10 +143,16 @@ class AttentionKernel:
         return (1 - share) * _along(rates[lower], keys) + share * _along(rates[upper], keys)
 
 
+def _size(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 10**9:
+        raise ValueError(f"a head dimension or length must be a positive integer, got {quoted(text)}")
+    return int(text)
+
+
 def _head_dims(entry: Mapping[str, Any]) -> FusedHeadDims:
-    training = int(entry["max_head_dim"])
+    training = int(positive(entry["max_head_dim"], "max_head_dim"))
     forward = entry.get("max_head_dim_forward", training)
-    return FusedHeadDims(training, None if forward is None else int(forward))
+    return FusedHeadDims(training, None if forward is None else int(positive(forward, "max_head_dim_forward")))
 
 
 def _along(lengths: Mapping[int, float], keys: int) -> float:

@@ -11,7 +11,8 @@ from hp_plugin.planner.machine.attention_rate import AttentionKernel, Occupancy
 from hp_plugin.planner.machine.collectives import Collectives, Links
 from hp_plugin.planner.machine.curve import TimeCurve
 from hp_plugin.planner.machine.json_file import package_folder, package_json, read_object
-from hp_plugin.planner.machine.parameter import Parameter
+from hp_plugin.planner.machine.parameter import Parameter, positive
+from hp_plugin.refusal import quoted
 
 FIELDS = ("description", "order", "based_on", "parameters", "gemm", "attention", "kernels", "collectives")
 """What a description may say; `order` is a shipped machine's place in lists."""
@@ -38,12 +39,12 @@ def inherited(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     own = entry.get("parameters", {})
     if not isinstance(own, Mapping):
-        raise ValueError(f"hardware {name}, parameters: expected an object, got {own!r}")
+        raise ValueError(f"hardware {name}, parameters: expected an object, got {quoted(own)}")
     base = entry.get("based_on")
     if base is None:
         return {**entry, "parameters": own}
     if not isinstance(base, str) or base not in shipped_entries():
-        raise ValueError(f"hardware {name}: based_on {base!r} is none of {', '.join(shipped_entries())}")
+        raise ValueError(f"hardware {name}: based_on {quoted(base)} is none of {', '.join(shipped_entries())}")
     parent = inherited(base, shipped_entries()[base])
     merged = {**parent, **{key: value for key, value in entry.items() if key != "based_on"}}
     merged["parameters"] = {**parent["parameters"], **own}
@@ -63,16 +64,25 @@ def table(what: str, reference: object, folder: Path | None) -> Any:
     try:
         return package_json(f"machine/data/{reference}")
     except OSError:
-        raise ValueError(f"no {what} table {reference!r}, neither beside the description nor in the package") from None
+        raise ValueError(
+            f"no {what} table {quoted(reference)}, neither beside the description nor in the package"
+        ) from None
 
 
 def attention_kernels(given: Mapping[str, Any], multiprocessors: int) -> dict[str, AttentionKernel]:
     """The kernels of an attention table on a GPU with `multiprocessors`."""
-    shape = given["occupancy"]
+    shape = {name: positive(given["occupancy"][name], name) for name in ("tile_rows", "half_waves", "reference_waves")}
     occupancy = Occupancy(
-        int(shape["tile_rows"]), float(shape["half_waves"]), float(shape["reference_waves"]), multiprocessors
+        max(1, int(shape["tile_rows"])), shape["half_waves"], shape["reference_waves"], multiprocessors
     )
     return {name: AttentionKernel.from_json(name, entry, occupancy) for name, entry in given["kernels"].items()}
+
+
+def _whole(value: object, what: str) -> int:
+    number = positive(value, what)
+    if not number.is_integer():
+        raise ValueError(f"{what}: must be a whole number, got {quoted(value)}")
+    return int(number)
 
 
 def measured_collectives(given: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Collectives:
@@ -83,20 +93,28 @@ def measured_collectives(given: Mapping[str, Any], parameters: Mapping[str, Para
     """
     within = 1.0 / parameters["collective_scale"].value
     nic = parameters["nic_bytes_per_s"].value
-    across = float(given.get("nic_bytes_per_s", nic)) / nic
+    across = positive(given.get("nic_bytes_per_s", nic), "nic_bytes_per_s of the curves") / nic
     curves = {}
     for entry in given["curves"]:
         # Faster links shorten a transfer, not its latency.
-        factor = within if int(entry["nodes"]) == 1 else across
+        factor = within if entry["nodes"] == 1 else across
         if not entry["points"]:
             raise ValueError(
                 f"{entry['collective']}, {entry['ranks']} ranks: a curve needs points of (bytes, microseconds)"
             )
-        latency = min(micros for _, micros in entry["points"])
-        points = [
-            (float(size), (latency + max(0.0, micros - latency) * factor) * 1e-6) for size, micros in entry["points"]
+        what = f"{quoted(entry['collective'])}, {quoted(entry['ranks'])} ranks"
+        measured = [
+            (positive(size, f"bytes of {what}"), positive(micros, f"microseconds of {what}"))
+            for size, micros in entry["points"]
         ]
-        curves[entry["collective"], int(entry["ranks"]), int(entry["nodes"])] = TimeCurve.from_points(points)
+        latency = min(micros for _, micros in measured)
+        points = [(size, (latency + max(0.0, micros - latency) * factor) * 1e-6) for size, micros in measured]
+        ranks, nodes = (_whole(entry[field], f"{field} of {what}") for field in ("ranks", "nodes"))
+        if ranks < 2 or ranks % nodes:
+            raise ValueError(f"{what}: a curve is of two ranks or more, as many on each of {nodes} node(s)")
+        if (entry["collective"], ranks, nodes) in curves:
+            raise ValueError(f"{what} on {nodes} node(s) have two curves")
+        curves[entry["collective"], ranks, nodes] = TimeCurve.from_points(points)
     links = Links(
         int(parameters["domain"].value),
         *(

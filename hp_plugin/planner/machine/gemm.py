@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
-from math import exp, inf, log, log2
+from math import exp, log, log2
 from pathlib import Path
+from typing import Any
+
+from hp_plugin.refusal import quoted
 
 TILE = 128
 """Output columns below which a tensor-core tile is padded (H100 CUTLASS tiles are 128 wide), unless the table itself
 was measured below them."""
 
+LARGEST, LOWEST, HIGHEST = 10**9, 1.0, 1e21
+"""Sizes of matrices, and operations per second, beyond which a table is damaged."""
 _AXES = ("batch", "m", "n", "k")
 
 
@@ -32,8 +37,9 @@ class GemmTable:
         self._log_rate: dict[tuple[int, ...], float] = {}
         for *shape, rate in rows:
             key = tuple(int(size) for size in shape)
-            if min(key) <= 0 or not 0 < rate < inf:
-                raise ValueError(f"GEMM table: batch, m, n, k and rate must be positive, got {(*key, rate)}")
+            if not 0 < min(key) <= max(key) < LARGEST or not LOWEST < rate < HIGHEST:
+                said = ", ".join(quoted(value) for value in (*key, rate))
+                raise ValueError(f"GEMM table: batch, m, n, k and rate must be positive sizes and a rate, got {said}")
             if key in self._log_rate:
                 raise ValueError(f"GEMM table: shape {key} is given twice")
             self._log_rate[key] = log(rate)
@@ -55,18 +61,18 @@ class GemmTable:
         """
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in (*_AXES, "tflops") if name not in (reader.fieldnames or [])]
+            missing = [name for name in (*_AXES, "tflops") if name not in _columns(reader, path)]
             if missing:
                 raise ValueError(f"{path}, line 1: GEMM table needs the columns batch,m,n,k,tflops; missing {missing}")
             rows = []
-            for record in reader:
+            for record in _records(reader, path):
                 try:
                     batch, m, n, k = (int(record[name]) for name in _AXES)
                     rows.append((batch, m, n, k, float(record["tflops"]) * 1e12))
                 except (TypeError, ValueError):
+                    got = quoted(",".join(str(value) for value in record.values()), 100)
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: expected four integers and a number, got "
-                        f"{','.join(str(value) for value in record.values())}"
+                        f"{path}, line {reader.line_num}: expected four integers and a number, got {got[1:-1]}"
                     ) from None
         try:
             return cls(rows, str(path))
@@ -108,6 +114,20 @@ class GemmTable:
         return [
             (tuple(size for size, _ in corner), _product(weight for _, weight in corner)) for corner in product(*sides)
         ]
+
+
+def _columns(reader: csv.DictReader[str], path: Path) -> Sequence[str]:
+    try:
+        return reader.fieldnames or []
+    except csv.Error as error:
+        raise ValueError(f"{path}: no table ({error})") from None
+
+
+def _records(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str | Any, str | Any]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: no line of a table ({error})") from None
 
 
 def _product(factors: Iterable[float]) -> float:

@@ -21,8 +21,9 @@ from hp_plugin.planner.machine.description import (
     table,
 )
 from hp_plugin.planner.machine.gemm import GemmTable
-from hp_plugin.planner.machine.json_file import read_object
+from hp_plugin.planner.machine.json_file import names_file, read_object
 from hp_plugin.planner.machine.parameter import PARAMETERS, Parameter, read_parameters
+from hp_plugin.refusal import quoted, shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +90,17 @@ def load_hardware(name: str) -> Hardware:
     if name in entries:
         return _build(name, entries[name], None)
     path = Path(name)
-    if path.suffix == ".json" or path.is_file():
+    if path.suffix == ".json" or names_file(name):
         return _build(path.stem, read_object(path, "hardware file"), path.parent)
     near = get_close_matches(name, entries, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown hardware {name!r}: choose from {', '.join(entries)} or give a .json file{hint}")
+    raise ValueError(f"unknown hardware {quoted(name)}: choose from {', '.join(entries)} or give a .json file{hint}")
 
 
 def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware:
     unknown = sorted(set(entry) - set(FIELDS))
     if unknown:
-        raise ValueError(f"hardware {name}: unknown field {unknown[0]!r}; known are {', '.join(sorted(FIELDS))}")
+        raise ValueError(f"hardware {name}: unknown field {quoted(unknown[0])}; known are {', '.join(sorted(FIELDS))}")
     entry = inherited(name, entry)
     missing = [field for field in PARAMETERS if field not in entry["parameters"]]
     missing += [field for field in ("gemm", "attention", "kernels", "collectives") if field not in entry]
@@ -113,11 +114,11 @@ def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware
         products = GemmTable(((*row[:4], row[4] * 1e12) for row in gemm["rows"]), str(gemm["source"]))
         kernels = attention_kernels(attention, int(parameters["multiprocessors"].value))
         if not isinstance(entry["kernels"], list):
-            raise ValueError(f"hardware {name}, kernels: expected a list of names, got {entry['kernels']!r}")
+            raise ValueError(f"hardware {name}, kernels: expected a list of names, got {quoted(entry['kernels'])}")
         order = tuple(str(kernel) for kernel in entry["kernels"])
         for kernel in order:
             if kernel not in kernels:
-                raise ValueError(f"hardware {name}, kernels: {kernel!r} is not in the attention table")
+                raise ValueError(f"hardware {name}, kernels: {quoted(kernel)} is not in the attention table")
         collectives = measured_collectives(curves, parameters)
         sources = [f"GEMM ({gemm['kind']}): {gemm['source']}"]
         sources += [
@@ -129,7 +130,11 @@ def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware
             f"{curve['source']}"
             for curve in curves["curves"]
         ]
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"hardware {name}: malformed table, {type(error).__name__}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = quoted(error.args[0]) if error.args else "nothing there"
+        raise ValueError(f"hardware {name}: malformed table, {type(error).__name__}: {said}") from None
+    except ValueError as error:
+        said = shortened(str(error), 200)
+        raise ValueError(said if said.startswith("hardware ") else f"hardware {name}: {said}") from None
     described = str(entry.get("description", name))
     return Hardware(name, described, parameters, products, kernels, order, collectives, tuple(sources))

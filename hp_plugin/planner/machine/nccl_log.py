@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 
+from hp_plugin.refusal import quoted
+
 NAMES = {
     "all_reduce": "all_reduce",
     "all_gather": "all_gather",
@@ -35,6 +37,8 @@ _FAILURE = re.compile(
 )
 _HEADER = ["size", "count", "type", "redop", "root", *("time", "algbw", "busbw", "#wrong") * 2]
 """Columns where no header says otherwise."""
+AGREES_FROM = 0.1
+"""GB/s from which a bandwidth, printed to 0.01, has to agree with size over time to a tenth."""
 CPU_TIME_DIGITS = 0.1
 """GB/s below which a bandwidth, printed to 0.01, is too coarse to compute a time from."""
 
@@ -119,14 +123,25 @@ def _take(runs: list[Run], where: str, number: int, text: str) -> None:
     elif row := _ROW.search(text):
         run.rows.append(_row(where, number, text[row.start() :].split(), run))
     elif "#" in text and {"size", "count", "busbw"} <= set(text.split()):
-        words = text.split()
-        run.header = words[words.index("size") :]
+        run.header = _columns(where, text)
     elif "Out of bounds values" in text:
         run.out_of_bounds = "FAILED" in text
     elif "Avg bus bandwidth" in text or "Collective test concluded" in text:
         run.ended = True
     elif _FAILURE.search(text) and not run.ended and run.failure is None:
         run.failure = f"{where}: the run failed: {text.strip()[:120]}"
+
+
+def _columns(where: str, text: str) -> list[str]:
+    """Columns of a header, in the order that nccl-tests has them in every version."""
+    words = text.split()
+    start = min(at for at, word in enumerate(words) if word in ("size", "count", "type"))
+    header = words[start:]
+    time = next((at for at, word in enumerate(header) if word in ("time", "cputime")), None)
+    if header[:3] != ["size", "count", "type"] or (time and header[time + 1 : time + 3] != ["algbw", "busbw"]):
+        said = quoted(" ".join(header), 100)
+        raise ValueError(f"{where}: columns in another order than nccl-tests prints: {said}")
+    return header
 
 
 def _name_program(run: Run, where: str, text: str, starting: bool) -> None:
@@ -162,13 +177,18 @@ def _row(where: str, number: int, words: list[str], run: Run) -> Row:
         raise ValueError(f"{where}: no column `time` in the header ({' '.join(header)})")
     try:
         size, micros = float(words[0]), float(words[time_column])
-        bandwidth = float(words[time_column + 1]) if run.cpu_time else 0.0
+        bandwidth = float(words[time_column + 1])
     except ValueError:
         raise ValueError(
-            f"{where}: size and time must be numbers, got {words[0]!r} and {words[time_column]!r}"
+            f"{where}: size and time must be numbers, got {quoted(words[0])} and {quoted(words[time_column])}"
         ) from None
     if size > 0 and not (micros > 0 and isfinite(micros)):
         raise ValueError(f"{where}: size and time must be positive and finite, got {size:g}, {micros:g}")
+    if not run.cpu_time and bandwidth >= AGREES_FROM and abs(size / (micros * 1e3) / bandwidth - 1) > 0.1:
+        raise ValueError(
+            f"{where}: {size:g} bytes in {micros:g} µs are not algbw {bandwidth:g} GB/s: columns that are shifted or "
+            "in another order than the header's"
+        )
     seconds: float | None = micros * 1e-6
     if run.cpu_time:
         # The bandwidths are the collective's own; the column says how long its launch took.

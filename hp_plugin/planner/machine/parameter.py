@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from hp_plugin.refusal import quoted
+
 PARAMETERS = {
     "memory_bytes": "device memory",
     "reserved_bytes": "memory that the model cannot have (context, communication buffers, fragmentation)",
@@ -30,6 +32,8 @@ PARAMETERS = {
 }
 """Every number a machine description has to give, and its meaning; SI units."""
 
+_LEAST, _MOST = 1e-15, 1e21
+"""What no figure of a machine is below or above, from latencies in seconds to operations per second."""
 _SHARES = ("unfused_efficiency", "gemm_efficiency")
 _WHOLE = ("multiprocessors", "collective_multiprocessors", "domain")
 
@@ -61,18 +65,28 @@ class Parameter:
             ValueError: a field is missing, the value is no positive number, or the kind is unknown.
         """
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{name}: expected an object with value, kind and source, got {entry!r}")
+            raise ValueError(f"{name}: expected an object with value, kind and source, got {quoted(entry)}")
         fields: Mapping[str, Any] = entry
         missing = [field for field in ("value", "kind", "source") if field not in fields]
         if missing:
             raise ValueError(f"{name}: missing {', '.join(missing)}")
-        value = fields["value"]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not value > 0 or not isfinite(value):
-            raise ValueError(f"{name}: value must be a positive number, got {value!r}")
-        if fields["kind"] not in KINDS:
-            raise ValueError(f"{name}: kind {fields['kind']!r} is none of {', '.join(KINDS)}")
-        return cls(float(value), str(fields["kind"]), str(fields["source"]))
+        value = positive(fields["value"], f"{name}: value")
+        if not isinstance(fields["kind"], str) or fields["kind"] not in KINDS:
+            raise ValueError(f"{name}: kind {quoted(fields['kind'])} is none of {', '.join(KINDS)}")
+        return cls(value, str(fields["kind"]), str(fields["source"]))
+
+
+def positive(value: object, what: str) -> float:
+    """A figure of a machine.
+
+    Raises:
+        ValueError: it is no positive number, or one of no machine.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or not isfinite(value):
+        raise ValueError(f"{what} must be a positive number, got {quoted(value)}")
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(f"{what} must be between {_LEAST:g} and {_MOST:g}, got {quoted(value)}")
+    return float(value)
 
 
 def read_parameters(machine: str, given: Mapping[str, object]) -> dict[str, Parameter]:
@@ -86,7 +100,7 @@ def read_parameters(machine: str, given: Mapping[str, object]) -> dict[str, Para
         if field not in PARAMETERS:
             near = get_close_matches(field, PARAMETERS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"hardware {machine}: unknown parameter {field!r}{hint}")
+            raise ValueError(f"hardware {machine}: unknown parameter {quoted(field)}{hint}")
     read = {field: Parameter.from_json(f"hardware {machine}, {field}", given[field]) for field in PARAMETERS}
     for field in _SHARES:
         if read[field].value > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import RULES
@@ -56,7 +57,7 @@ def candidate_layouts(
                     yield from _sized(model, workload, search, tp, grid, pp, cp, dp)
                 for way, ranks in _served(tp) if search.served and workload.mode == "decode" else ():
                     for layout in _sized(model, workload, search, tp, None, pp, cp, dp):
-                        yield replace(layout, **{way: ranks})
+                        yield replace(layout, **{way: ranks})  # type: ignore[arg-type]
 
 
 def _tensor_sizes(gpus: int, search: Search) -> list[int]:
@@ -141,4 +142,5 @@ def _experts(model: ModelShape, tp: int, replicas: int) -> list[tuple[int, str]]
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size < number]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from hp_plugin.grid.ranks import DIM_INNERMOST
-from hp_plugin.planner.counts.feasibility import MEMORY, memory_refusal, shape_refusals
+from hp_plugin.planner.counts.feasibility import MAX_GPUS, MEMORY, memory_refusal, shape_refusals
 from hp_plugin.planner.counts.memory import MemoryNeeds
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
@@ -16,10 +16,7 @@ from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.search.candidates import Search, candidate_layouts
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict_share
-from hp_plugin.refusal import Refusal, RefusedError
-
-MAX_GPUS = 65_536
-"""GPUs beyond which a number is taken for a typing error."""
+from hp_plugin.refusal import Refusal, RefusedError, quoted
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def make_plan(
         ValueError: no layout fits; the message says what each kind of refusal lacks.
     """
     if not 1 <= gpus <= MAX_GPUS:
-        raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {gpus}")
+        raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {quoted(gpus)}")
     plan = Plan()
     search = search or Search()
     for number, layout in enumerate(candidate_layouts(model, gpus, workload, search, hardware.domain), start=1):

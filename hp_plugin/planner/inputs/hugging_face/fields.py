@@ -9,7 +9,10 @@ from hp_plugin.planner.inputs.hugging_face.defaults import OTHER_NAMES, type_def
 from hp_plugin.planner.inputs.hugging_face.model_types import FLAT, MODEL_TYPES, NOT_PLANNED, ModelType
 from hp_plugin.planner.inputs.hugging_face.rotary import rotary_fields
 from hp_plugin.planner.inputs.hugging_face.windows import window_fields
+from hp_plugin.refusal import quoted
 
+MAX_LAYERS = 10_000
+"""Layers beyond which a model is taken for a typing error."""
 MARK = "model_type"
 """The key by which such a file is known."""
 
@@ -51,9 +54,9 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     decoder, kind = _decoder(config)
     if kind in NOT_PLANNED:
-        raise ValueError(f"model_type {kind!r} needs {NOT_PLANNED[kind]}: not planned")
+        raise ValueError(f"model_type {quoted(kind)} needs {NOT_PLANNED[kind]}: not planned")
     if kind not in MODEL_TYPES:
-        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(MODEL_TYPES)}")
+        raise ValueError(f"model_type {quoted(kind)} is not supported; supported are {', '.join(MODEL_TYPES)}")
     said = {OTHER_NAMES.get(key, key): value for key, value in decoder.items()}
     if decoder is config:
         for key in _SIZES:
@@ -65,7 +68,7 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{what} ({key}) is not supported")
     every = said.get("decoder_sparse_step", 1)
     if every != 1:
-        raise ValueError(f"experts in every {every}th layer (decoder_sparse_step) are not supported")
+        raise ValueError(f"experts in every so-manieth layer (decoder_sparse_step {quoted(every)}) are not supported")
     if "tie_word_embeddings" in config:
         said["tie_word_embeddings"] = config["tie_word_embeddings"]
     return _fields(MODEL_TYPES[kind], _Values(kind, said, known))
@@ -99,9 +102,9 @@ class _Values:
         """
         value = self.get(name)
         if value is None:
-            raise ValueError(f"{name} is missing, and model_type {self.kind!r} has no default for it")
+            raise ValueError(f"{name} is missing, and model_type {quoted(self.kind)} has no default for it")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} takes an integer, got {value!r}")
+            raise ValueError(f"{name} takes an integer, got {quoted(value)}")
         return value
 
     def switch(self, name: str) -> bool:
@@ -112,8 +115,32 @@ class _Values:
         """
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name} takes true or false, got {value!r}")
+            raise ValueError(f"{name} takes true or false, got {quoted(value)}")
         return bool(value)
+
+    def number(self, name: str) -> float | None:
+        """A finite number, or None where nothing says it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
+            raise ValueError(f"{name} takes a number, got {quoted(value)}")
+        return float(value)
+
+    def words(self, name: str) -> str | None:
+        """A word, or None where nothing says it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} takes a word, got {quoted(value)}")
+        return value
 
 
 def _fields(kind: ModelType, values: _Values) -> dict[str, Any]:
@@ -125,6 +152,8 @@ def _fields(kind: ModelType, values: _Values) -> dict[str, Any]:
     biases = values.switch("use_bias") or (qkv_bias and output_bias and mlp_bias)
     activation = _activation(kind, values)
     layers = values.size("num_hidden_layers")
+    if not 0 < layers <= MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers takes 1 to {MAX_LAYERS:,}, got {quoted(layers)}")
     found: dict[str, Any] = {
         "layers": layers,
         "D": hidden,
@@ -139,7 +168,7 @@ def _fields(kind: ModelType, values: _Values) -> dict[str, Any]:
         "norm_biases": not kind.rms_norm,
         "norms": kind.norms,
         "norm_one_plus": kind.one_plus,
-        "norm_epsilon": float(values.get("rms_norm_eps") or values.get("norm_epsilon") or 1e-5),
+        "norm_epsilon": values.number("rms_norm_eps") or values.number("norm_epsilon") or 1e-5,
         "qkv_bias": qkv_bias and not biases,
         "proj_bias": output_bias and not biases,
         "mlp_bias": mlp_bias and not biases,
@@ -159,9 +188,9 @@ def _fields(kind: ModelType, values: _Values) -> dict[str, Any]:
 
 def _activation(kind: ModelType, values: _Values) -> str:
     """The activation, or nothing where it is what `gated` stands for."""
-    said = values.get("hidden_activation") or values.get("hidden_act") or "silu"
+    said = values.words("hidden_activation") or values.words("hidden_act") or "silu"
     if said not in _ACTIVATIONS:
-        raise ValueError(f"activation {said!r} (hidden_act) is not supported")
+        raise ValueError(f"activation {quoted(said)} (hidden_act) is not supported")
     found = _ACTIVATIONS[said]
     return "" if found == ("silu" if kind.gated else "gelu") else found
 
@@ -175,13 +204,14 @@ def _scales(values: _Values, found: Mapping[str, Any]) -> list[str]:
     """Factors other than a GPT's."""
     said = []
     width = found.get("d", found["D"] // max(1, found["h"]))
-    scalar = values.get("query_pre_attn_scalar")
+    scalar = values.number("query_pre_attn_scalar")
     if scalar is not None and scalar != width:
         said.append(f"attention scores scaled by 1/√{scalar:g} instead of 1/√{width} (query_pre_attn_scalar)")
-    attention = values.get("attention_multiplier")
+    attention = values.number("attention_multiplier")
     if attention is not None and abs(attention * width**0.5 - 1) > 1e-6:
         said.append(f"attention scores multiplied by {attention:g} (attention_multiplier)")
     for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
-        if values.get(name) not in (None, 1, 1.0):
-            said.append(f"{name} {values.get(name):g}")
+        factor = values.number(name)
+        if factor not in (None, 1.0):
+            said.append(f"{name} {factor:g}")
     return said
