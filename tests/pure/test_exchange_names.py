@@ -26,6 +26,7 @@ OTHER_MEANINGS = {
     # layouts to be measured or planned
     ("hp_plugin.compare.entries.suites", "('sequence', 'scores', 'local')"): 6,
     ("hp_plugin.planner.reports.kv_heads", "('batch', 'sequence')"): 2,
+    ("hp_plugin.planner.reports.kv_heads", "('batch',)"): 1,
     ("hp_plugin.planner.reports.long_context", "('batch', 'sequence')"): 2,
     ("hp_plugin.planner.reports.reproduce", "('batch', 'weights')"): 2,
     # Megatron-Core's own layers, and the rates of their kernels

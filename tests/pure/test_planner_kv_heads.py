@@ -9,7 +9,7 @@ import pytest
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.machine.hardware import load_hardware
-from hp_plugin.planner.reports.kv_heads import CASES, MACHINE, WORKLOADS, row
+from hp_plugin.planner.reports.kv_heads import CASES, EXCHANGES, MACHINE, WORKLOADS, row
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict
 
@@ -38,7 +38,7 @@ def test_a_row_is_the_fastest_of_each_side_at_that_size() -> None:
     model = load_model("qwen2.5-3b")
     found = row(model, 16, 8, "decode", None)
     stock = fastest(model, ["tp=8"])
-    grid = fastest(model, [f"grid={m}x{8 // m},exchange={x}" for m in (1, 2, 4) for x in ("batch", "sequence")])
+    grid = fastest(model, [f"grid={m}x{8 // m},exchange={x}" for m in (1, 2, 4) for x in EXCHANGES["decode"]])
     assert found.stock is not None and found.grid is not None
     assert (found.stock.layout.tp, found.stock.layout.grid) == (8, None)
     assert found.grid.layout.tp == 8 and found.grid.layout.grid is not None

@@ -64,15 +64,15 @@ KEPT = {
     # All 4 heads are there, 2 channels wide: 16 · 4 · 4 bytes of statistics.
     "local": ("grid=1x2,exchange=local", {}, 1024 + 512 + 256 + 256 + 768),
 }
-# Experts in place of the MLP; 16 tokens seen by 2 experts each are 32 rows: in and out 2 · 8, inside 2 · 24 channels.
-# (What comes out is kept where gates weigh it behind the expert; Megatron-Core 0.16 weighs it inside and keeps 8 less.)
+# Experts in place of the MLP; 16 tokens seen by 2 experts each are 32 rows: in 8, inside 2 · 24 channels. What comes
+# out is kept where gates weigh it behind the expert, as DeepSpeed's do; Megatron-Core's weigh it inside.
 EXPERTS = {"experts": 4, "top_k": 2}
 MOE = {
-    "megatron": ("dp=2,ep=2", {}, 4352 - 1536 + 32 * (16 + 48) * 2),
-    "megatron gated": ("dp=2,ep=2", {"gated": True}, 4352 - 1536 + 32 * (16 + 72) * 2),
-    "megatron, one expert a token": ("dp=2,ep=2", {"top_k": 1}, 4352 - 1536 + 16 * (16 + 48) * 2),
+    "megatron": ("dp=2,ep=2", {}, 4352 - 1536 + 32 * (8 + 48) * 2),
+    "megatron gated": ("dp=2,ep=2", {"gated": True}, 4352 - 1536 + 32 * (8 + 72) * 2),
+    "megatron, one expert a token": ("dp=2,ep=2", {"top_k": 1}, 4352 - 1536 + 16 * (8 + 48) * 2),
     # Each of two ranks routes the 8 tokens that it holds.
-    "megatron tp=2 sp": ("tp=2,sp,ep=2", {}, 512 + 512 + 256 + 128 + 16 * (16 + 48) * 2),
+    "megatron tp=2 sp": ("tp=2,sp,ep=2", {}, 512 + 512 + 256 + 128 + 16 * (8 + 48) * 2),
     # The gate's input in fp32, 16 · 8 · 4, and what either choice's expert gave for every token, 2 · 256.
     "deepspeed": ("dp=2,ep=2,moe=deepspeed", {}, 4352 - 1536 + 32 * (16 + 48) * 2 + 512 + 512),
     "deepspeed, one expert a token": (
@@ -96,7 +96,7 @@ def test_kept_by_a_layer_of_experts(layout: str, changes: dict[str, object], per
 
 
 def test_kept_where_some_layers_have_experts() -> None:
-    moe = 4352 - 1536 + 4096
+    moe = 4352 - 1536 + 32 * (8 + 48) * 2
     assert of("dp=2,ep=2", **EXPERTS, moe_every=2).activations == 4352 + moe
     # Layers 0 and 2 of 3.
     assert of("dp=2,ep=2", **EXPERTS, moe_every=2, layers=3).activations == 4352 + 2 * moe
@@ -145,7 +145,7 @@ def test_a_forward_pass_keeps_nothing_but_has_a_layer_at_a_time() -> None:
     assert (found.activations, found.gradients, found.optimizer, found.buffers) == (0, 0, 0, 5376 + 4352)
     # Each rank has a chunk with experts (layers 0 and 3 of 4) and one without; the larger kind counts.
     mixed = of("pp=2,vpp=2,dp=2,ep=2", mode="forward", **EXPERTS, moe_every=3, layers=4)
-    assert mixed.buffers == 5376 + 4352 - 1536 + 4096
+    assert mixed.buffers == 5376 + 4352 - 1536 + 32 * (8 + 48) * 2
 
 
 def test_only_the_last_stage_holds_gradients_of_logits() -> None:

@@ -82,7 +82,7 @@ def test_tokens_are_spread_where_samples_are_too_few() -> None:
 @pytest.mark.parametrize(
     ("layout", "mode", "said"),
     [
-        ("grid=2x2,exchange=weights,mbs=2", "decode", "has no key/value cache"),
+        ("grid=2x2,exchange=weights,mbs=1", "decode", "needs a batch size divisible by n behind a key/value cache"),
         ("grid=2x2,exchange=weights,mbs=2,cp=2", "forward", "context parallelism"),
         ("grid=2x2,exchange=weights,mbs=2,dp=2,zero=full", "train", "zero=full"),
     ],

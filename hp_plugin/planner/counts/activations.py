@@ -58,11 +58,16 @@ def _mlp(share: Share) -> float:
 
 
 def _moe(share: Share) -> float:
-    """Routed tokens in and out of the experts, their inner activations; in DeepSpeed's layer also the gate's fp32 input
-    and the chosen experts' outputs for all tokens."""
+    """Routed tokens into the experts and their inner activations.
+
+    Megatron-Core weighs a token inside its expert (`TEGroupedMLP.forward`, 0.16), so that what comes out is not kept;
+    DeepSpeed's layer weighs it behind, and keeps the gate's fp32 input and the chosen experts' outputs for all tokens.
+    """
     model, routed = share.model, routed_tokens(share)
-    kept: float = routed * (2 * model.D + model.ffn * (3 if model.gated else 2)) * share.e
-    if share.layout.moe == "deepspeed":
+    deepspeed = share.layout.moe == "deepspeed"
+    outside = (2 if deepspeed else 1) * model.D
+    kept: float = routed * (outside + model.ffn * (3 if model.gated else 2)) * share.e
+    if deepspeed:
         # An fp32 element is as large as two of 16 bit.
         kept += (2 + model.top_k) * share.hidden_bytes
     return kept

@@ -77,11 +77,12 @@ def _joined(share: Share) -> Program:
     size = float(rule.joined(shape) * share.e)
     if not size:
         return ()
+    # An all-to-all's input, of which (n-1)/n are received.
     sums = 4.0 * rule.join_sums(shape) * shape.n / (shape.n - 1)
-    traded = Collective("trade partial outputs", "all_to_all", "dim", size)
-    gathered = Collective("gather log-sum-exp", "all_gather", "dim", sums)
-    join = Stream("join outputs", size + size / shape.n + sums)
-    return (Block((), (traded, gathered)), Block((join,)))
+    traded = Collective("trade partial outputs", "all_to_all", "dim", size + sums)
+    copies = Stream("order partial outputs", 2 * (size + sums))
+    join = Stream("join outputs", size + sums + size / shape.n)
+    return (Block((copies,), (traded,)), Block((join,)))
 
 
 def _trade(what: str, size: float) -> Program:

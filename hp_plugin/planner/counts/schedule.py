@@ -7,12 +7,11 @@ Source: `megatron.core.pipeline_parallel.schedules`, `forward_backward_pipelinin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One pass of one micro-batch through one model chunk of a pipeline rank."""
 
     backward: bool

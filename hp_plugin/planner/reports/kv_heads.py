@@ -31,6 +31,8 @@ WORKLOADS = {
     "decode": Workload("decode", 4096, 16),
 }
 """What is run, by mode: a batch that all layouts can share, and few sequences for latency."""
+EXCHANGES = {"train": ("batch", "sequence"), "decode": ("batch",)}
+"""Exchanges of grids by mode; caches that are spread by tokens are in the suite of long contexts."""
 MAX_MICRO_BATCH = 8
 """Sequences per micro-batch tried."""
 
@@ -78,7 +80,7 @@ def rows(mode: str) -> Iterator[Row]:
 
 def row(model: ModelShape, gpus: int, tp: int, mode: str, any_stock: Prediction | None) -> Row:
     """One model at one TP size; micro-batch, pipeline, data parallelism and recomputation are free on both sides."""
-    search = Search(("batch", "sequence"), max_micro_batch=MAX_MICRO_BATCH, tensor_parallel=(tp,))
+    search = Search(EXCHANGES[mode], max_micro_batch=MAX_MICRO_BATCH, tensor_parallel=(tp,))
     found = _found(model, gpus, mode, search)
     stock = next((one for one in found if one.layout.grid is None), None)
     return Row(model, gpus, tp, stock, next((one for one in found if one.layout.grid), None), any_stock)

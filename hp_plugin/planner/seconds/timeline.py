@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from hp_plugin.planner.counts.schedule import Task, pipeline_order
 
@@ -91,9 +92,7 @@ def simulate(pipeline: Pipeline, record: bool = True) -> Timeline:
     while progress:
         progress = False
         for rank, order in enumerate(orders):
-            at = position[rank]
-            while at < len(order) and run.take(rank, order[at], record):
-                at += 1
+            at = run.advance(rank, order, position[rank], record)
             progress |= at > position[rank]
             position[rank] = at
     assert all(at == len(order) for at, order in zip(position, orders, strict=True)), "the orders wait for each other"
@@ -111,56 +110,60 @@ class _Run:
             last_backward=[[] for _ in range(pp)],
         )  # fmt: skip
         self._last = stages - 1
+        self._ahead_times = [(times.seconds, times.compute) for times in pipeline.forward]
+        self._back_times = [(times.seconds, times.compute) for times in pipeline.backward]
         self._between = pipeline.transfer if pp > 1 else 0.0
         self._blocked = self._between if pipeline.blocking else 0.0
-        # When each pass of each stage ended, by micro-batch; missing while it has not run.
-        self._forward: list[dict[int, float]] = [{} for _ in range(stages)]
-        self._backward: list[dict[int, float]] = [{} for _ in range(stages)]
+        # When each pass of each stage ended, by micro-batch; None while it has not run.
+        self._forward: list[list[float | None]] = [[None] * pipeline.micro_batches for _ in range(stages)]
+        self._backward: list[list[float | None]] = [[None] * pipeline.micro_batches for _ in range(stages)]
 
-    def take(self, rank: int, task: Task, record: bool) -> bool:
-        """Runs a rank's next pass; False if its input is not known yet."""
+    def advance(self, rank: int, order: Sequence[Task], at: int, record: bool) -> int:
+        """Runs a rank's passes from number `at` on, as far as their inputs are known; returns the next one's number.
+
+        What a search for layouts spends most of its time on, so everything is looked up once.
+        """
         pipeline, line = self.pipeline, self.line
-        stage = task.chunk * pipeline.pp + rank
-        micro_batch = task.micro_batch
-        start = line.finish[rank]
-        if task.backward:
-            if stage == self._last:
-                ready = self._forward[stage].get(micro_batch)
+        pp, last, between, blocked = pipeline.pp, self._last, self._between, self._blocked
+        forward, backward, final = self._forward, self._backward, pipeline.micro_batches - 1
+        ahead_times, back_times = self._ahead_times, self._back_times
+        finish, compute, passes = line.finish[rank], line.compute[rank], line.passes[rank]
+        for task in islice(order, at, None):
+            back, chunk, micro_batch = task
+            stage = chunk * pp + rank
+            if back and stage == last:
+                before, waited = forward[stage][micro_batch], 0.0
+            elif back or stage:
+                before, waited = (backward[stage + 1] if back else forward[stage - 1])[micro_batch], between
             else:
-                ready = self._backward[stage + 1].get(micro_batch)
-                ready = None if ready is None else ready + self._between
-            times, ends = pipeline.backward[stage], stage == 0
-        else:
-            ready = 0.0
-            if stage:
-                before = self._forward[stage - 1].get(micro_batch)
-                ready = None if before is None else before + self._between
-            times, ends = pipeline.forward[stage], stage == self._last
-        if ready is None:
-            return False
-        start = max(start, ready)
-        seconds, busy = times.seconds, times.compute
-        if task.backward:
-            if micro_batch == pipeline.micro_batches - 1:
-                extra = pipeline.last_extra.get((rank, task.chunk), 0.0)
-                seconds, busy = seconds + extra, busy + extra
-                line.last_backward[rank].append((task.chunk, start, start + seconds))
-        elif micro_batch == 0:
-            seconds, busy = self._first(rank, task.chunk, start, seconds, busy)
-        end = start + seconds
-        (self._backward if task.backward else self._forward)[stage][micro_batch] = end
-        line.compute[rank] += busy
-        line.passes[rank] += seconds
-        if record:
-            line.events.append(Event(rank, "passes", str(task), start, end))
-        if self._blocked and not ends:
-            # Without overlap the sender waits until its message has gone.
-            line.sending[rank] += self._blocked
+                before, waited = 0.0, 0.0
+            if before is None:
+                break
+            ready = before + waited
+            start = ready if ready > finish else finish
+            seconds, busy = (back_times if back else ahead_times)[stage]
+            if back:
+                if micro_batch == final:
+                    extra = pipeline.last_extra.get((rank, chunk), 0.0)
+                    seconds, busy = seconds + extra, busy + extra
+                    line.last_backward[rank].append((chunk, start, start + seconds))
+            elif micro_batch == 0:
+                seconds, busy = self._first(rank, chunk, start, seconds, busy)
+            finish = start + seconds
+            (backward if back else forward)[stage][micro_batch] = finish
+            compute += busy
+            passes += seconds
             if record:
-                line.events.append(Event(rank, "pipeline", f"send {task}", end, end + self._blocked))
-            end += self._blocked
-        line.finish[rank] = end
-        return True
+                line.events.append(Event(rank, "passes", str(task), start, finish))
+            if blocked and stage != (0 if back else last):
+                # Without overlap the sender waits until its message has gone.
+                line.sending[rank] += blocked
+                if record:
+                    line.events.append(Event(rank, "pipeline", f"send {task}", finish, finish + blocked))
+                finish += blocked
+            at += 1
+        line.finish[rank], line.compute[rank], line.passes[rank] = finish, compute, passes
+        return at
 
     def _first(self, rank: int, chunk: int, start: float, seconds: float, busy: float) -> tuple[float, float]:
         """A chunk's first forward pass: slowed down and held up by the gathering of its weights."""
