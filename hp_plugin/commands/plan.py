@@ -33,7 +33,11 @@ from hp_plugin.refusal import RefusedError, quoted, shortened
 
 MAX_DRAWN = 4096
 """Micro-batches beyond which nobody looks at a picture of all of them."""
-_SUITES = {"kv-heads": kv_heads.kv_heads_report, "long-context": long_context.long_context_report}
+_SUITES = {
+    "kv-heads": kv_heads.kv_heads_report,
+    "long-context": long_context.long_context_report,
+    "megatron-bridge": validate.bridge_report,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         type=_word,
         choices=_SUITES,
-        help="public models: at TP sizes beyond their key/value heads; decoding at contexts of 32k and 128k (minutes)",
+        help="public models: at TP sizes beyond their key/value heads; decoding at contexts of 32k and 128k (minutes); "
+        "beside rows that Megatron-Bridge publishes",
     )
     out.add_argument("--show-hardware", action="store_true", help="every parameter of the hardware with its source")
     own = parser.add_argument_group("measurements of your own")

@@ -242,7 +242,11 @@ class ExchangeRule:
         """fp32 numbers received beside it: every other rank's log-sum-exp of each head and token."""
         return (shape.n - 1) * shape.s * shape.b * shape.output_slots if self.joined(shape) else 0
 
-    def leaving(self, shape: AttentionShape) -> float:
+    def moves_ends(self, shape: AttentionShape, vocabulary: int, sequence_parallel: bool) -> tuple[bool, bool]:
+        """Where weights move: whether those of embedding and of output layer move, too, instead of the tokens."""
+        return False, False
+
+    def leaving(self, shape: AttentionShape, head_innermost: bool = False) -> float:
         """Where weights move under sequence parallelism: the part of a mean rank's tokens that goes to others at an end
         of a block of layers."""
         return 0.0

@@ -24,26 +24,30 @@ def test_the_validation_table_is_current() -> None:
     assert stripped(BLOCKS[0]) == stripped(validate.validation_report(validate.compare_all()))
 
 
+def test_the_table_of_mixtures_is_current() -> None:
+    assert stripped(BLOCKS[1]) == stripped(validate.bridge_report())
+
+
 @pytest.mark.slow
 def test_the_reproduction_tables_are_current() -> None:
-    assert stripped(BLOCKS[1]) == stripped(reproduce.reproduction_report())
+    assert stripped(BLOCKS[2]) == stripped(reproduce.reproduction_report())
 
 
 @pytest.mark.slow
 def test_the_table_of_public_models_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_cli.main(["--suite", "kv-heads"]) == 0
-    assert stripped(BLOCKS[2]) == stripped(capsys.readouterr().out.splitlines())
+    assert stripped(BLOCKS[3]) == stripped(capsys.readouterr().out.splitlines())
 
 
 def test_a_case_of_long_contexts_is_current() -> None:
     found = long_context.case_lines(long_context.case("llama3-405b", "h100-ib", 131_072))
-    at = stripped(BLOCKS[3]).index(found[0])
-    assert stripped(BLOCKS[3])[at : at + len(found)] == stripped(found)
+    at = stripped(BLOCKS[4]).index(found[0])
+    assert stripped(BLOCKS[4])[at : at + len(found)] == stripped(found)
 
 
 @pytest.mark.slow
 def test_the_table_of_long_contexts_is_current() -> None:
-    assert stripped(BLOCKS[3]) == stripped(long_context.long_context_report())
+    assert stripped(BLOCKS[4]) == stripped(long_context.long_context_report())
 
 
 def test_commands_in_the_docs_name_what_exists() -> None:

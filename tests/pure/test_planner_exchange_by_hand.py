@@ -139,3 +139,16 @@ def test_context_parallelism_passes_keys_and_values_on() -> None:
 def test_decoding_reads_the_cache(layout: str, read: int) -> None:
     found = parts(layout, mode="decode")
     assert listed(found.core) == [("kv cache", read)] and found.core_gradient == ()
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_context_parallel_ranks_pass_keys_and_values_on_beside_attention(cp: int) -> None:
+    """Each of cp - 1 times k and v of 2 heads of 4 channels, 8/cp positions of 2 samples; and their gradients."""
+    found = parts(f"tp=1,cp={cp}")
+    held = 2 * 2 * 2 * (8 // cp) * 4 * 2
+    (block,), (gradient,) = found.core, found.core_gradient
+    assert [(each.kind, each.axis, each.bytes) for each in block.collectives] == [("send_recv", "cp", held)] * (cp - 1)
+    assert [each.bytes for each in gradient.collectives] == [2 * held] * (cp - 1)
+    assert (
+        (block.overlap, block.pieces) == (gradient.overlap, gradient.pieces) == ((True, cp) if cp > 1 else (False, 0))
+    )

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from hp_plugin.planner.counts.gradients import bucket_parameters, end_of_step
 from hp_plugin.planner.counts.layer import layer_passes
+from hp_plugin.planner.counts.program import FusedAttention, kernels
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
@@ -184,3 +187,18 @@ def test_buckets_of_gradients_grow_with_the_replicas() -> None:
         41_000_000,
         1_000_000_000,
     ]
+
+
+@pytest.mark.parametrize(
+    ("window", "pairs"), [(0, 32.0), (1, 8 * 1 - 0.5), (2, 8 * 2 - 2.0), (7, 8 * 7 - 24.5), (8, 32.0)]
+)
+def test_a_window_leaves_its_pairs_and_no_others(window: int, pairs: float) -> None:
+    """Of 8 queries' 8 · 8 / 2 pairs s · w - w²/2, forward, backward and when core attention is computed again."""
+    passes = layer_passes(share("tp=1", window=window), moe=False)
+    for program in (passes.forward, passes.backward):
+        assert [each.pairs for each in kernels(program) if isinstance(each, FusedAttention)] == [pairs]
+    again = layer_passes(share("tp=1,recompute=selective", window=window), moe=False).backward
+    assert [each.pairs for each in kernels(again) if isinstance(each, FusedAttention)] == [pairs] * 2
+    # In every second of two layers all is seen: priced at the mean.
+    mixed = layer_passes(share("tp=1", window=window, window_every=2), moe=False).forward
+    assert [each.pairs for each in kernels(mixed) if isinstance(each, FusedAttention)] == [(pairs + 32) / 2]

@@ -165,3 +165,36 @@ def test_memory_that_does_not_suffice_is_told_with_its_largest_part() -> None:
     assert refusal.text == "needs 77.0 GB of 74.0 GB that 80 GB leave (most of it activations: 70.0 GB)"
     assert (refusal.kind, refusal.amount) == (MEMORY, pytest.approx(3e9))
     assert memory_refusal(needed, hardware, 90e9) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "workload", "said"),
+    [
+        ({"learned_positions": 64}, "tp=1", TRAIN, ""),
+        ({"learned_positions": 63}, "tp=1", TRAIN, "64 positions are more than the model's 63 learned ones"),
+        ({"learned_positions": 0}, "tp=1", TRAIN, ""),
+        ({"learned_positions": 1}, "tp=1", TRAIN, "64 positions are more than the model's 1 learned ones"),
+        ({"experts": 4, "top_k": 2}, "dp=2,ep=2,moe=deepspeed", TRAIN, ""),
+        ({"experts": 4, "top_k": 3}, "dp=2,ep=2,moe=deepspeed", TRAIN, "DeepSpeed-MoE beyond top-2 is not planned"),
+        ({}, "tp=1,pp=1", TRAIN, ""),
+        ({}, "tp=1,vpp=2", TRAIN, "vpp=2 needs pipeline parallelism"),
+        ({}, "tp=1,ep=2,dp=2", TRAIN, "ep=2 needs a model with experts"),
+        ({}, "cp=2", Workload("train", 6, 32), "sequence 6 is no multiple of 2·cp = 4"),
+        ({}, "cp=2", Workload("train", 8, 32), ""),
+    ],
+)
+def test_limits_hold_exactly_where_they_are(
+    changes: dict[str, int], layout: str, workload: Workload, said: str
+) -> None:
+    found = problems(replace(MODEL, **changes), layout, workload)
+    assert said in found and bool(said) == bool(found)
+
+
+def test_memory_is_enough_to_the_byte() -> None:
+    hardware = load_hardware("h100-ib")
+    needed = Memory(10.0, 20.0, 30.0, 40.0, 50.0, 60.0)
+    room = hardware["reserved_bytes"]
+    assert memory_refusal(needed, hardware, room + 210.0) is None
+    refused = memory_refusal(needed, hardware, room + 209.0)
+    assert refused is not None and refused.amount == 1.0
+    assert "most of it key/value cache" in refused.text

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.machine.json_file import package_json
 from hp_plugin.planner.reports import reproduce, validate
-from hp_plugin.planner.reports.published import FOUNDRY, MEGATRON, decode_rows, foundry_rows, megatron_rows
+from hp_plugin.planner.reports.published import FOUNDRY, MEGATRON, bridge_rows, decode_rows, foundry_rows, megatron_rows
 
 COMPARED = validate.compare_all()
 HELD_OUT = [one for one in COMPARED if one.role == "held out"]
@@ -103,3 +104,23 @@ def test_experts_of_the_source_model_are_deepspeeds() -> None:
     found = reproduce.pair(reproduce.Setting("paper-moe", "h100-nvlink", "forward", 512, 8))
     assert found.grid.layout.ep == 8 and found.grid.layout.moe == "deepspeed"
     assert found.grid.waiting["ep"] > 0
+
+
+def test_mixtures_as_published_are_in_a_table_of_their_own() -> None:
+    """Every row with its layout, nothing chosen and nothing fitted; the errors are those of the columns."""
+    head, columns, *lines, summary = validate.bridge_report()
+    table = package_json("reports/data/published.json")["megatron_bridge"]["rows"]
+    assert "Megatron-Bridge" in head and columns.split() == ["row", "published", "predicted", "error", "fits", "layout"]
+    assert len(lines) == len(table) == 5
+    errors = []
+    for line, row in zip(lines, table, strict=True):
+        assert line.startswith(f"{row[0]}, {row[1]}, {row[2]} ")
+        published, predicted, error = line[38:].split()[:3]
+        assert float(published.replace(",", "")) == row[-1]
+        errors.append(float(predicted.replace(",", "")) / row[-1] - 1)
+        assert float(error.rstrip("%")) / 100 == pytest.approx(errors[-1], abs=2e-3)
+        layout = Layout.parse(line.split()[-1])
+        assert (layout.world, layout.ep, layout.pp, layout.micro_batch) == (row[3], row[10], row[8], row[5])
+    assert f"mean error {sum(map(abs, errors)) / 5:.1%}" in summary
+    machines = {one.name: one.own.domain for one in bridge_rows() if one.own is not None}
+    assert machines["qwen3-235b-a22b, 25.11, gb200-nvl72"] == 64, "256 GPUs are no multiple of 72"

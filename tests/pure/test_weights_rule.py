@@ -86,3 +86,23 @@ def test_ends_go_where_less_is_sent(m: int, n: int, sequence_parallel: bool) -> 
             assert embedding_moves_less(*sizes) == (own_in < stock_in), sizes
         if own_out != stock_out:
             assert output_moves_less(*sizes) == (own_out < stock_out), sizes
+
+
+@pytest.mark.parametrize("head_innermost", [False, True])
+@pytest.mark.parametrize(("m", "n", "b"), [(2, 2, 4), (2, 3, 3), (3, 2, 2), (4, 2, 2), (2, 2, 1), (2, 3, 2), (3, 2, 1)])
+def test_what_leaves_a_rank_at_an_end_counted_token_by_token(m: int, n: int, b: int, head_innermost: bool) -> None:
+    """Under sequence parallelism rank r has positions r · s/P on; inside its samples' or chunks' m-th."""
+    s = 2 * m * n * 6
+    shape = AttentionShape(s=s, b=b, h=m, g=m, d=n, m=m, n=n)
+    left = 0
+    for rank in range(m * n):
+        i, j = (rank % m, rank // m) if head_innermost else (rank // n, rank % n)
+        if b % n == 0:
+            inside = {(t, k) for t in range(i * s // m, (i + 1) * s // m) for k in range(j * b // n, (j + 1) * b // n)}
+        else:
+            size = s // (2 * n)
+            chunks = [*range(j * size, (j + 1) * size), *range((2 * n - 1 - j) * size, (2 * n - j) * size)]
+            inside = {(t, k) for t in chunks[i * s // (m * n) : (i + 1) * s // (m * n)] for k in range(b)}
+        outside = {(t, k) for t in range(rank * s // (m * n), (rank + 1) * s // (m * n)) for k in range(b)}
+        left += len(outside - inside)
+    assert RULES["weights"].leaving(shape, head_innermost) == pytest.approx(left / (s * b), abs=1e-12)

@@ -98,24 +98,39 @@ class WeightsRule(ExchangeRule):
         """What attention itself moves: keys and values, where the tokens of a sample are spread."""
         return (shape.n - 1) * self.gathered(shape) // shape.n
 
-    def leaving(self, shape: AttentionShape) -> float:
+    def moves_ends(self, shape: AttentionShape, vocabulary: int, sequence_parallel: bool) -> tuple[bool, bool]:
+        sizes = (vocabulary, shape.s * shape.b, shape.m, shape.m * shape.n, sequence_parallel)
+        return embedding_moves_less(*sizes), output_moves_less(*sizes)
+
+    def leaving(self, shape: AttentionShape, head_innermost: bool = False) -> float:
         """The part of stock's P-th of a sequence that a mean rank sends away at an end of a block.
 
-        Of b/n samples (n-1)/n; of tokens what lies outside of the rank's own m-th of an early and a late chunk. In the
-        order dim-innermost.
+        Of b/n samples (n-1)/n, and more where neighbours split heads; of tokens what lies outside of the own m-th
+        of an early and a late chunk.
         """
         s, m, n = shape.s, shape.m, shape.n
-        if shape.b % n == 0:
+        if shape.b % n == 0 and not head_innermost:
             return (n - 1) / n
-        part, chunk, kept = s // (m * n), s // (2 * n), 0
-        for i in range(m):
-            for j in range(n):
-                first = (i * n + j) * part
-                for place, number in enumerate((j, 2 * n - 1 - j)):
-                    start, stop = max(i * part, place * chunk), min((i + 1) * part, (place + 1) * chunk)
-                    shift = (number - place) * chunk
-                    kept += max(0, min(first + part, stop + shift) - max(first, start + shift)) if start < stop else 0
-        return 1 - kept / s
+        part, kept = s // (m * n), 0.0
+        for rank in range(m * n):
+            i, j = (rank % m, rank // m) if head_innermost else (rank // n, rank % n)
+            first = rank * part
+            for start, stop in self._own(shape, i, j):
+                kept += max(0, min(first + part, stop) - max(first, start))
+        return 1 - kept / s / (n if shape.b % n == 0 else 1)
+
+    @staticmethod
+    def _own(shape: AttentionShape, i: int, j: int) -> list[tuple[int, int]]:
+        """Positions that rank (i, j) has inside: an m-th of all, or of an early chunk with a late one behind it."""
+        s, m, n = shape.s, shape.m, shape.n
+        if shape.b % n == 0:
+            return [(i * (s // m), (i + 1) * (s // m))]
+        part, chunk, found = s // (m * n), s // (2 * n), []
+        for place, number in enumerate((j, 2 * n - 1 - j)):
+            start, stop = max(i * part, place * chunk), min((i + 1) * part, (place + 1) * chunk)
+            shift = (number - place) * chunk
+            found += [(start + shift, stop + shift)] if start < stop else []
+        return found
 
     def pass_bytes(self, block: BlockShape, itemsize: int, training: bool) -> float:
         """As every rule's: linears run at TP = m on an n-th of the tokens, for which weights come and gradients go."""

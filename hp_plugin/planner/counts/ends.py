@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hp_plugin.planner.counts.gathering import end_weights
 from hp_plugin.planner.counts.layer import Passes
 from hp_plugin.planner.counts.linear import column_backward, column_forward, gathered_columns
 from hp_plugin.planner.counts.program import Block, Collective, Program, Stream
@@ -20,6 +21,8 @@ def embedding(share: Share) -> Passes:
     """Token (and position) embedding: vocabulary-parallel, summed over the TP group."""
     if not share.model.vocab:
         return Passes((), ())
+    if share.moved_ends[0]:
+        return _embedding_on_share(share)
     reads = 3 if share.model.learned_positions else 2
     look_up = Stream("embedding", reads * share.hidden_bytes)
     spread: tuple[Collective, ...] = ()
@@ -36,8 +39,28 @@ def embedding(share: Share) -> Passes:
     )
 
 
+def _embedding_on_share(share: Share) -> Passes:
+    """The same of a head group, on this rank's share of the tokens (`hp_plugin.exchange.weights.ends`)."""
+    within = share.within
+    gather, reduce = end_weights(share)
+    reads = (3 if share.model.learned_positions else 2) * within.hidden_bytes
+    spread: tuple[Collective, ...] = ()
+    again: tuple[Collective, ...] = ()
+    if within.P > 1:
+        kind = "reduce_scatter" if within.sp and not share.model.learned_positions else "all_reduce"
+        spread = (Collective("embedding: sum", kind, "head", within.hidden_bytes),)
+        if within.sp:
+            again = (Collective("embedding: gather gradient", "all_gather", "head", within.hidden_bytes),)
+    return Passes(
+        (Block((), (gather,)), Block((Stream("embedding", reads),), spread)),
+        (Block((), again), Block((Stream("embedding gradient", reads),), (reduce,))),
+    )
+
+
 def head(share: Share) -> Passes:
     """Final norm, logits and cross entropy (in decode, sampling); without a vocabulary the norm alone."""
+    if share.moved_ends[1]:
+        return _head_on_share(share)
     norm = Block((Stream("final norm", 2 * share.between_bytes),))
     norm_gradient = Block((Stream("final norm gradient", 3 * share.between_bytes),))
     model = share.model
@@ -50,19 +73,46 @@ def head(share: Share) -> Passes:
         joined = (Block((), (gather,)),) if share.spreads_samples else ()
         return Passes((norm, *joined, *column_forward(share, "logits", rows), *_sampling(share, logits)), ())
     per_logit = PARALLEL_LOSS_BYTES if share.layout.fused else UNFUSED_LOSS_BYTES
-    sums: tuple[Collective, ...] = ()
-    if share.P > 1:
-        size = 4.0 * share.tokens
-        sums = tuple(
-            Collective(f"loss: {what}", "all_reduce", "tp", size)
-            for what in ("largest logit", "target logit", "sum of exponentials")
-        )
     # Forward carries two thirds of the loss kernels' traffic.
-    loss = Block((Stream("loss", per_logit * logits * 2 / 3),), sums)
+    loss = Block((Stream("loss", per_logit * logits * 2 / 3),), _loss_sums(share))
     loss_gradient = Block((Stream("loss gradient", per_logit * logits / 3),))
     return Passes(
         (norm, *column_forward(share, "logits", rows), loss),
         (loss_gradient, *column_backward(share, "logits", rows), norm_gradient),
+    )
+
+
+def _loss_sums(share: Share) -> tuple[Collective, ...]:
+    """What the ranks that split the vocabulary sum for each token."""
+    return tuple(
+        Collective(f"loss: {what}", "all_reduce", share.axis, 4.0 * share.tokens)
+        for what in ("largest logit", "target logit", "sum of exponentials")
+        if share.P > 1
+    )
+
+
+def _head_on_share(share: Share) -> Passes:
+    """The same of a head group on this rank's share of the tokens, whose losses then go to all ranks."""
+    within = share.within
+    gather, reduce = end_weights(share)
+    rows = -(-share.model.vocab // within.P)
+    logits = float(rows * within.tokens)
+    per_logit = PARALLEL_LOSS_BYTES if share.layout.fused else UNFUSED_LOSS_BYTES
+    losses = Collective("gather losses", "all_gather", "dim", 4.0 * share.tokens)
+    return Passes(
+        (
+            Block((Stream("final norm", 2 * within.between_bytes),)),
+            Block((), (gather,), behind=True),
+            *column_forward(within, "logits", rows),
+            Block((Stream("loss", per_logit * logits * 2 / 3),), (*_loss_sums(within), losses)),
+        ),
+        (
+            Block((Stream("loss gradient", per_logit * logits / 3),)),
+            Block((), (gather,)),
+            *column_backward(within, "logits", rows),
+            Block((), (reduce,), behind=True),
+            Block((Stream("final norm gradient", 3 * within.between_bytes),)),
+        ),
     )
 
 

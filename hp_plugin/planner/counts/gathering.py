@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.planner.counts.program import Block, Collective, Program, Stream
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.machine.collectives import wire_factor
@@ -47,12 +48,28 @@ def with_weights(share: Share, moe: bool, ends: bool, forward: Program, backward
     beside = reductions[: len(reductions) - len(late)]
     backward = (Block((turned,)), Block((), (back,), behind=not ends), *backward)
     backward = (*backward, Block((), beside, behind=True), Block((added,), late))
-    if ends:
-        taken, given = to_share(share), to_stock(share)
-        repeated = given.forward if block.recompute else ()
-        forward = (*taken.forward, *forward, *given.forward)
-        backward = (*repeated, *given.backward, *backward, *taken.backward)
     return forward, backward
+
+
+def between_ends(
+    share: Share, taken: bool, given: bool, forward: Program, backward: Program
+) -> tuple[Program, Program]:
+    """A block's programs with tokens taken to their ranks before it and given back behind it, where they have to be."""
+    nothing = _Way((), ())
+    before = to_share(share) if taken else nothing
+    behind = to_stock(share) if given else nothing
+    repeated = behind.forward if share.layout.recompute == "full" else ()
+    forward = (*before.forward, *forward, *behind.forward)
+    return forward, (*repeated, *behind.backward, *backward, *before.backward)
+
+
+def end_weights(share: Share) -> tuple[Collective, Collective]:
+    """The gather of embedding's or output layer's weight over the dim axis, and the reduction of its gradient."""
+    size = share.model.vocab / share.layout.m * share.model.D * share.e
+    return (
+        Collective("gather vocabulary", "all_gather", "dim", size),
+        Collective("reduce vocabulary gradient", "reduce_scatter", "dim", size),
+    )
 
 
 def on_whole_tokens(share: Share, forward: Program, backward: Program) -> tuple[Program, Program]:
@@ -101,10 +118,12 @@ def _cut_and_spread(share: Share) -> tuple[Program, Program]:
         join = Stream("cut or join tokens", 2 * share.hidden_bytes)
         return (Block((inside,)),), (Block((), (gather,)), Block((join,)))
     shape = share.attention_shape
+    head_innermost = share.layout.order != DIM_INNERMOST
     by_samples = shape.b % shape.n == 0
-    # Chunks of tokens may come from any rank of the TP group, samples from the dim group alone.
-    axis, ranks = ("dim", shape.n) if by_samples else ("tp", share.layout.tp)
-    size = share.between_bytes * share.rule.leaving(shape) / wire_factor("all_to_all", ranks)
+    # Chunks of tokens may come from any rank of the TP group, samples from the dim group alone where its ranks are
+    # neighbours, as stock's parts of the sequence then are those of one head group's rank.
+    axis, ranks = ("dim", shape.n) if by_samples and not head_innermost else ("tp", share.layout.tp)
+    size = share.between_bytes * share.rule.leaving(shape, head_innermost) / wire_factor("all_to_all", ranks)
     trade = Collective("trade tokens", "all_to_all", axis, size)
     both = (Block((inside,), (trade,)), Block((inside,)))
     return both, both

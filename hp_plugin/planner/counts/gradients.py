@@ -77,6 +77,12 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
         layers = sum(stage.layers for stage in chunks)
         biases = sum(row_biases(model, stage) for stage in chunks)
         size = float(replicated_parameters(share, layers, biases) * share.workload.grad_itemsize)
+        embedded, read = share.moved_ends
+        if not share.sp:
+            # Of the ends, what all ranks hold: positions and the last norm.
+            whole = model.learned_positions * model.D if embedded and any(stage.first for stage in chunks) else 0
+            whole += model.norm_parameters if read and any(stage.last for stage in chunks) else 0
+            size += whole * share.workload.grad_itemsize
         if size:
             said.append(Collective("sum replicated gradients", "all_reduce", "dim", size))
     if layout.world > 1:

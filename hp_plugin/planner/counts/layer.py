@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hp_plugin.planner.counts.exchange import exchanged
-from hp_plugin.planner.counts.gathering import on_whole_tokens, with_weights
+from hp_plugin.planner.counts.gathering import between_ends, on_whole_tokens, with_weights
 from hp_plugin.planner.counts.linear import column_backward, column_forward, row_backward, row_forward
 from hp_plugin.planner.counts.moe import moe_backward, moe_forward
 from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Gemm, Program, Stream
@@ -20,11 +20,12 @@ class Passes:
     backward: Program
 
 
-def layer_passes(share: Share, moe: bool, ends: bool = False) -> Passes:
+def layer_passes(share: Share, moe: bool, ends: bool = False, taken: bool = True, given: bool = True) -> Passes:
     """A layer with attention and a dense MLP, or experts if `moe`.
 
     Args:
         ends: whether it is the layer of a stage with which is counted what happens once in a stage where weights move.
+        taken, given: whether tokens have to be taken to their ranks for the stage, and back behind it.
     """
     within = share.within
     if share.spreads_samples and not moe:
@@ -37,7 +38,8 @@ def layer_passes(share: Share, moe: bool, ends: bool = False) -> Passes:
     elif recompute == "selective":
         backward = _windowed(within, exchanged(within).core) + backward
     if share.rule.moves_weights:
-        return Passes(*with_weights(share, moe, ends, forward, backward))
+        forward, backward = with_weights(share, moe, ends, forward, backward)
+        return Passes(*between_ends(share, taken, given, forward, backward)) if ends else Passes(forward, backward)
     if share.layout.zero == "full":
         return Passes(*_sharded(share, moe, forward, backward))
     return Passes(forward, backward)

@@ -90,6 +90,9 @@ def _lasting(share: Share, chunks: list[Stage], parameters: list[RankParameters]
         # Two layers' linears are whole on a head group at a time, or one and its gradient.
         block = share.block_shape(1, 0) if any(stage.dense for stage in chunks) else share.block_shape(0, 1)
         weights += 2 * share.e * (block.weights + block.biases) / layout.m
+        # So are the vocabulary's while an end of the model uses them.
+        if any((stage.first and share.moved_ends[0]) or (stage.last and share.moved_ends[1]) for stage in chunks):
+            weights += share.e * model.vocab * model.D / layout.m
     if workload.mode == "decode":
         assert share.cached is not None, "exchanges without a cache are refused before"
         per_layer = share.cached.elements(share.groups) * share.e

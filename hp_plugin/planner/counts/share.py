@@ -7,6 +7,7 @@ from functools import cached_property
 
 from hp_plugin.exchange.rule import STOCK, AttentionShape, BlockShape, Cached, ExchangeRule, Inner
 from hp_plugin.exchange.rules import RULES
+from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.planner.counts.served_attention import AttentionData, served_rule
 from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, qkv_rows, stage_parameters
 from hp_plugin.planner.inputs.layout import Layout
@@ -55,6 +56,14 @@ class Share:
         Itself, or, where weights move or attention's lie whole, this rank's share of the tokens.
         """
         return replace(self, inside=True) if self.rule.moves_weights or self.spreads_samples else self
+
+    @cached_property
+    def moved_ends(self) -> tuple[bool, bool]:
+        """Whether embedding, and output layer and loss, work on this rank's share of the tokens as layers do."""
+        # A dim group's parts of the vocabulary have to be neighbours.
+        if not self.model.vocab or self.layout.order != DIM_INNERMOST or self.workload.mode == "decode":
+            return False, False
+        return self.rule.moves_ends(self.attention_shape, self.model.vocab, self.layout.sp and self.layout.tp > 1)
 
     @property
     def spreads_samples(self) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log2
 from typing import Any
 
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware
 from hp_plugin.planner.machine.json_file import package_json
@@ -46,6 +47,13 @@ class Row:
 MEGATRON = "Megatron-LM weak scaling"
 FOUNDRY = "llm-foundry FSDP"
 GPT_FAST = "gpt-fast decode"
+BRIDGE = "Megatron-Bridge"
+
+_GPT_OSS = ModelShape(
+    "gpt-oss-120b", 36, 2880, 64, 8, 64, 2880, 201_088, gated=True, biases=True, norm_biases=False, experts=128,
+    top_k=4, window=128, window_every=2,
+)  # fmt: skip
+"""openai/gpt-oss-120b `config.json`, its attention sinks left out."""
 
 _LLAMA_SHAPES = {
     # name: (layers, D, heads, key/value heads, ffn, vocabulary), from the same repository's model.py
@@ -128,6 +136,24 @@ def decode_rows() -> list[Row]:
         rows.append(
             Row(GPT_FAST, f"{name}, {gpus} A100", model, (Layout(gpus),), workload, measured / gpus, own=machine)
         )
+    return rows
+
+
+def bridge_rows() -> list[Row]:
+    """Mixtures on H100 and GB200, layouts as published; stages of unequal length are planned without virtual ones."""
+    rows = []
+    for name, container, machine, gpus, batch, micro, seq, tp, pp, vpp, ep, measured in _table("megatron_bridge"):
+        model = _GPT_OSS if name == _GPT_OSS.name else load_model(name)
+        even = vpp if model.layers % (pp * vpp) == 0 else 1
+        layout = Layout(tp, pp=pp, vpp=even, dp=gpus // (tp * pp), ep=ep, micro_batch=micro)
+        label = f"{name}, {container}, {machine}"
+        workload = Workload("train", seq, batch)
+        own = load_hardware(machine)
+        if gpus > own.domain and gpus % own.domain:
+            # Groups that do not straddle racks: powers of two of each.
+            of_each = float(2 ** int(log2(own.domain)))
+            own = own.with_parameter("domain", of_each, "assumed", f"{gpus} GPUs, as many of each domain")
+        rows.append(Row(BRIDGE, label, model, (layout,), workload, measured, own=own))
     return rows
 
 

@@ -16,6 +16,7 @@ from hp_plugin.planner.reports.published import (
     GPT_FAST,
     MEGATRON,
     Row,
+    bridge_rows,
     decode_rows,
     foundry_rows,
     megatron_rows,
@@ -175,3 +176,20 @@ def _line(comparison: Comparison) -> str:
 
 def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.1f}"
+
+
+def bridge_report() -> list[str]:
+    """Mixtures that NVIDIA publishes with their layouts beside predictions, which were made after everything else."""
+    compared = [compare_row(row, "held out", load_hardware("h100-ib")) for row in bridge_rows()]
+    lines = [
+        "Predicted against Megatron-Bridge's published BF16 rows, tokens/s per GPU, layouts as published",
+        f"{'row':<38}{'published':>10}{'predicted':>10}{'error':>8}{'fits':>6}  layout",
+    ]
+    for one in compared:
+        row, found = one.row, one.predicted
+        fits = memory_refusal(found.memory, row.own or load_hardware("h100-ib")) is None
+        lines.append(
+            f"{row.name:<38}{_rate(row.measured):>10}{_rate(found.tokens_per_s / row.gpus):>10}{one.error:>+8.1%}"
+            f"{'yes' if fits else 'no':>6}  {found.layout}"
+        )
+    return [*lines, f"mean error {mean_error(compared):.1%}, max {abs(worst_error(compared).error):.1%}"]
