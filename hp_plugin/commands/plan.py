@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exchanges of grids",
     )
     search.add_argument("--tp-comm-overlap", action="store_true", help="also layouts with Megatron's --tp-comm-overlap")
+    search.add_argument(
+        "--peers",
+        action="store_true",
+        help="also stock layouts of rarer flags: GTP (Megatron-Core 0.19) and context parallelism by heads (a2a+p2p)",
+    )
     search.add_argument("--max-micro-batch", type=_integer, default=64)
     search.add_argument("--micro-batches", type=_integer, help="only layouts with this many micro-batches per step")
     out = parser.add_argument_group("what to show")
@@ -165,6 +170,7 @@ def _lines(args: argparse.Namespace) -> list[str]:
         args.max_micro_batch,
         args.micro_batches,
         tuple(args.tp) if args.tp else None,
+        peers=args.peers,
     )
     if args.from_launch is not None:
         return _advised(args, hardware, search, capacity)

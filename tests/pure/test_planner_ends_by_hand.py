@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hp_plugin.planner.counts.ends import embedding, head
+from hp_plugin.planner.counts.gradients import end_of_step
+from hp_plugin.planner.counts.parts import parts_of, passes_of
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import RankParameters
 from hp_plugin.planner.inputs.layout import Layout
@@ -70,3 +72,46 @@ def test_parameters_of_stages() -> None:
     # Norms of queries and of keys, 4 channels with a bias each, are whole on every rank.
     assert [found.dense for found in share("tp=2,pp=3", qk_norm=True).parameters] == [472, 432, 488]
     assert RankParameters(3.0, 40.0).total == 43.0
+
+
+def test_ends_on_the_share_where_weights_move() -> None:
+    """2 × 2 ranks, 10 words of 8 channels: 5 on a head group are 80 bytes; 8 of 16 tokens, 128 bytes of states."""
+    model = ModelShape("tiny", 2, 8, 4, 2, 4, 24, 10)
+    mine = Share(model, Layout.parse("grid=2x2,exchange=weights,mbs=2"), Workload("train", 8, 8))
+    assert mine.moved_ends == (True, True)
+    first = passes_of(mine, "first")
+    gather, reduce = ("all_gather", "dim", 80), ("reduce_scatter", "dim", 80)
+    assert listed(first.forward) == [gather, ("embedding", 2 * 128), ("all_reduce", "head", 128)]
+    assert listed(first.backward) == [("embedding gradient", 2 * 128), reduce]
+    last = passes_of(mine, "last")
+    sums = [("all_reduce", "head", 4 * 8)] * 3
+    assert listed(last.forward) == [
+        ("final norm", 2 * 128),
+        gather,
+        ("logits", 8, 5, 8, 1),
+        ("loss", 54 * 5 * 8 * 2 / 3),
+        *sums,
+        ("all_gather", "dim", 4 * 16),
+    ]
+    assert listed(last.backward) == [
+        ("loss gradient", 54 * 5 * 8 / 3),
+        gather,
+        ("logits input gradient", 8, 8, 5, 1),
+        ("logits weight gradient", 5, 8, 8, 1, "+="),
+        ("all_reduce", "head", 128),
+        reduce,
+        ("final norm gradient", 3 * 128),
+    ]
+    # No tokens go to their ranks or back then, and the others' gradients are summed over the dim axis.
+    (stage,) = set(mine.stages)
+    assert parts_of(mine, stage) == {"dense": 1, "moe": 0, "first": 1, "last": 1, "dense ends embedded read": 1}
+    layer = [each for each in listed(passes_of(mine, "dense ends embedded read").forward) if each[0] == "all_gather"]
+    assert len(layer) == 1, "weights alone"
+    both = [each for each in listed(passes_of(mine, "dense ends").forward) if each[0] == "all_gather"]
+    assert both == [*layer, ("all_gather", "dim", 256)]
+    assert [each.bytes for each in end_of_step(mine, mine.stages) if each.axis == "dim"] == [4.0 * (2 * 2 * 16 + 16)]
+    many = replace(mine, model=replace(model, vocab=100))
+    assert many.moved_ends == (False, False)
+    assert replace(mine, layout=Layout.parse("grid=2x2,exchange=batch,mbs=2")).moved_ends == (False, False)
+    other = replace(mine, layout=Layout.parse("grid=2x2,exchange=weights,mbs=2,order=head-innermost"))
+    assert other.moved_ends == (False, False)

@@ -41,6 +41,11 @@ def exchanged(share: Share) -> Exchanged:
         # The gradient of a rank's own heads is laid into zeros of the gathered size, which then are copied apart.
         split = Stream("split qkv gradient", 3 * gathered)
         before_gradient = (Block((split,), (Collective("scatter qkv gradient", "reduce_scatter", "tp", gathered),)),)
+    if share.layout.cp_heads > 1:
+        # Of the parts of a sequence that context ranks have, whole ones of fewer heads, and the output back.
+        q_k_v = _trade("qkv of parts", share.qkv_bytes, "cp_heads")
+        before, before_gradient = (*before, *q_k_v), (*q_k_v, *before_gradient)
+        after = (*_trade("context of parts", share.context_bytes, "cp_heads"), *after)
     keys_values, their_gradient = gathered_keys_values(share)
     before, before_gradient = (*before, *keys_values), (*their_gradient, *before_gradient)
     core, core_gradient = _core(share)
@@ -57,8 +62,10 @@ def _core(share: Share) -> tuple[Program, Program]:
         assert share.cached is not None, "exchanges without a cache are refused before"
         cache = share.cached.elements(groups) * share.e * share.model.remembered(keys)
         return (Block((Stream("kv cache", cache),)),), ()
+    trading = share.layout.cp_heads
     shape = {
-        "samples": inner.samples, "heads": share.heads, "groups": groups, "queries": inner.queries, "keys": keys,
+        "samples": inner.samples, "heads": share.heads // trading, "groups": groups // trading,
+        "queries": inner.queries * trading, "keys": keys,
         "width": inner.channels, "e": share.e,
     }  # fmt: skip
     fused = share.fused_attention
@@ -66,6 +73,7 @@ def _core(share: Share) -> tuple[Program, Program]:
     core = core_forward(**shape, fused=fused, dropout=dropout)
     gradient = core_backward(**shape, fused=fused, dropout=dropout)
     if share.layout.cp > 1:
+        # Of fewer heads more tokens: as much travels, fewer times.
         held = 2.0 * inner.samples * groups * inner.queries * inner.channels * share.e
         return _ring(share, core, held), _ring(share, gradient, 2 * held)
     return (Block(core),), (Block(gradient),)
@@ -85,12 +93,12 @@ def _joined(share: Share) -> Program:
     return (Block((copies,), (traded,)), Block((join,)))
 
 
-def _trade(what: str, size: float) -> Program:
-    """Copy into send order, all-to-all in the dim group, copy out."""
+def _trade(what: str, size: float, axis: str = "dim") -> Program:
+    """Copy into send order, all-to-all, copy out."""
     if not size:
         return ()
     copy = Stream(f"reorder {what}", 2 * size)
-    return (Block((copy,), (Collective(f"trade {what}", "all_to_all", "dim", size),)), Block((copy,)))
+    return (Block((copy,), (Collective(f"trade {what}", "all_to_all", axis, size),)), Block((copy,)))
 
 
 def _rotary_halves(share: Share) -> Program:
@@ -118,9 +126,13 @@ def _slice_norms(share: Share) -> Program:
 
 def _ring(share: Share, core: tuple[Kernel, ...], size: float) -> Program:
     """Context parallelism: keys and values (and their gradients), `size` bytes, travel a ring beside the attention."""
-    steps = share.layout.cp - 1
-    sends = tuple(Collective("pass k, v on", "send_recv", "cp", size) for _ in range(steps))
-    return (Block(core, sends, overlap=True, pieces=share.layout.cp),)
+    layout = share.layout
+    around = layout.cp // layout.cp_heads
+    if around == 1:
+        return (Block(core),)
+    axis = "cp" if layout.cp_heads == 1 else "cp_ring"
+    sends = tuple(Collective("pass k, v on", "send_recv", axis, size) for _ in range(around - 1))
+    return (Block(core, sends, overlap=True, pieces=around),)
 
 
 def _summed_blocks(share: Share, blocks: Sequence[tuple[int, int]]) -> tuple[Program, Program]:

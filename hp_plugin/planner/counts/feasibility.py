@@ -119,6 +119,20 @@ def _features(share: Share) -> list[Refusal]:
     if workload.mode == "decode" and (layout.sp or layout.cp > 1 or layout.vpp > 1):
         said = "decode has one position per sequence: no sequence or context parallelism, no virtual stages"
         found.append(Refusal("decode", said))
+    if layout.gtp > 1 and (layout.grid is not None or layout.cp > 1 or layout.zero == "full" or not workload.training):
+        said = f"gtp={layout.gtp} is planned for training with stock attention, without context parallelism or FSDP"
+        found.append(Refusal("shared weights", said))
+    if layout.cp_heads > 1 and (
+        layout.grid is not None
+        or share.heads % layout.cp_heads
+        or share.groups % layout.cp_heads
+        or model.g < layout.tp
+    ):
+        said = (
+            f"cp_heads={layout.cp_heads} must divide the {share.heads} query and {share.groups} key/value heads of a "
+            "rank of stock attention"
+        )
+        found.append(Refusal("heads of context ranks", said))
     if layout.zero == "full" and (layout.pp * layout.cp * layout.ep > 1 or layout.n > 1):
         said = "zero=full (FSDP) is planned for data and tensor parallelism alone, on a grid with n=1"
         found.append(Refusal("FSDP", said))

@@ -72,6 +72,24 @@ def end_weights(share: Share) -> tuple[Collective, Collective]:
     )
 
 
+def with_shared_weights(share: Share, moe: bool, forward: Program, backward: Program) -> tuple[Program, Program]:
+    """A layer's programs where data-parallel ranks share its linears' weights: all gathers and reductions beside them.
+
+    Source: Megatron-LM core_v0.19.0, docs/api-guide/core/generalized_tensor_parallel.md, 1.1 and 1.3 (16-bit weights
+    and gradients on the wire, one weight ahead, again for recomputation).
+    """
+    block = share.block_shape(0 if moe else 1, 1 if moe else 0)
+    held = block.weights / share.layout.tp
+    gather = Block((), (Collective("gather weights", "all_gather", "gtp", held * share.e),), behind=True)
+    reduce = Block((), (Collective("reduce weight gradients", "reduce_scatter", "gtp", held * share.e),), behind=True)
+    added = Stream(
+        "add up weight gradients",
+        2 * share.e * held + (2 * share.workload.grad_itemsize + share.e) * held / share.layout.gtp,
+    )
+    again = (gather, gather) if block.recompute else (gather,)
+    return (gather, *forward), (*again, *backward, reduce, Block((added,)))
+
+
 def on_whole_tokens(share: Share, forward: Program, backward: Program) -> tuple[Program, Program]:
     """Programs of what works on the tokens that stock's ranks hold, between layers that work on a share of them."""
     taken, given = to_share(share), to_stock(share)

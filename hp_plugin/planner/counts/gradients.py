@@ -34,8 +34,10 @@ def chunk_sync(share: Share, parameters: RankParameters, rank: int, chunk: int) 
         return Sync((), ())
     gradients: list[Collective] = []
     weights: list[Collective] = []
+    shared = shared_parameters(share, share.stages[chunk * layout.pp + rank]) if layout.gtp > 1 else 0.0
     groups = (
-        ("dp", parameters.dense, layout.replicas),
+        ("dp", parameters.dense - shared, layout.replicas),
+        ("gdp", shared / layout.gtp, layout.replicas // layout.gtp),
         ("edp", parameters.experts, layout.expert_replicas),
     )
     for axis, count, replicas in groups:
@@ -48,6 +50,11 @@ def chunk_sync(share: Share, parameters: RankParameters, rank: int, chunk: int) 
         if layout.zero == "optimizer":
             weights += [Collective("gather weights", "all_gather", axis, size * share.e)] * buckets
     return Sync(tuple(gradients), tuple(weights))
+
+
+def shared_parameters(share: Share, stage: Stage) -> float:
+    """Parameters of a stage on one tensor-parallel rank that data-parallel ranks share: its linears' weights."""
+    return share.block_shape(stage.dense, stage.moe).weights / share.layout.tp
 
 
 def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hp_plugin.planner.counts.exchange import exchanged
-from hp_plugin.planner.counts.gathering import between_ends, on_whole_tokens, with_weights
+from hp_plugin.planner.counts.gathering import between_ends, on_whole_tokens, with_shared_weights, with_weights
 from hp_plugin.planner.counts.linear import column_backward, column_forward, row_backward, row_forward
 from hp_plugin.planner.counts.moe import moe_backward, moe_forward
 from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Gemm, Program, Stream
@@ -40,6 +40,8 @@ def layer_passes(share: Share, moe: bool, ends: bool = False, taken: bool = True
     if share.rule.moves_weights:
         forward, backward = with_weights(share, moe, ends, forward, backward)
         return Passes(*between_ends(share, taken, given, forward, backward)) if ends else Passes(forward, backward)
+    if share.layout.gtp > 1:
+        return Passes(*with_shared_weights(share, moe, forward, backward))
     if share.layout.zero == "full":
         return Passes(*_sharded(share, moe, forward, backward))
     return Passes(forward, backward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hp_plugin.planner.counts.activations import buffers, chunk_activations, layer_activations
+from hp_plugin.planner.counts.gradients import shared_parameters
 from hp_plugin.planner.counts.schedule import Task, peak_in_flight, pipeline_order
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import RankParameters, Stage
@@ -86,6 +87,13 @@ def _lasting(share: Share, chunks: list[Stage], parameters: list[RankParameters]
     if not workload.training and layout.zero == "full":
         layer = model.layer_parameters(any(stage.moe for stage in chunks)) / layout.tp
         weights = share.e * ((dense + experts) / replicas + 2 * layer)
+    if layout.gtp > 1:
+        shared = sum(shared_parameters(share, stage) for stage in chunks)
+        spared = shared - shared / layout.gtp
+        gradients -= workload.grad_itemsize * spared if workload.training else 0.0
+        # One layer's are whole, and the next one's on their way, or one layer's gradients.
+        whole = share.block_shape(1, 0) if any(stage.dense for stage in chunks) else share.block_shape(0, 1)
+        weights += share.e * (2 * whole.weights / layout.tp - spared)
     if share.rule.moves_weights:
         # Two layers' linears are whole on a head group at a time, or one and its gradient.
         block = share.block_shape(1, 0) if any(stage.dense for stage in chunks) else share.block_shape(0, 1)

@@ -36,6 +36,9 @@ class Layout:
         dcp: ranks that share a head's cache by tokens, each with its own query heads (decode context parallelism of
             vLLM and SGLang). kvp: the same where each has the query heads of all of them (Helix). adp: ranks that share
             it by sequences, with attention's weights whole on each (attention data parallelism). Stock attention alone.
+        gtp: data-parallel ranks over which every linear's weight is spread and gathered for each use (GTP of
+            Megatron-Core 0.19, `--tensor-parallel-num-weight-shards` TP·gtp). cp_heads: context-parallel ranks that trade tokens for heads
+            (`a2a+p2p`, or `a2a` where it is all of them); the ring goes around the rest. Stock attention alone.
         fused: whether the norm, bias and activation kernels are fused (Megatron with Transformer Engine) or not.
 
     Raises:
@@ -59,9 +62,11 @@ class Layout:
     dcp: int = 1
     kvp: int = 1
     adp: int = 1
+    gtp: int = 1
+    cp_heads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch", *SERVED):
+        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch", *SERVED, "gtp", "cp_heads"):
             value = getattr(self, name)
             if not 1 <= value <= MAX_SIZE:
                 said = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
@@ -75,6 +80,10 @@ class Layout:
         if len(served) > 1 or (served and self.grid is not None):
             others = " and ".join([*served, *(["grid"] if self.grid else [])])
             raise ValueError(f"layout: {others} spread attention in different ways: give one of them")
+        for name, whole in (("gtp", "dp"), ("cp_heads", "cp")):
+            if getattr(self, whole) % getattr(self, name) and getattr(self, whole) > 1:
+                said = f"{name}={getattr(self, name)} does not divide {whole}={getattr(self, whole)}"
+                raise ValueError(f"layout: {said}")
         if self.tp % self.shared:
             raise ValueError(f"layout: {served[0]} does not divide tp={self.tp}")
 
@@ -142,7 +151,7 @@ class Layout:
         default = Layout()
         for name, value in (
             ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("dp", self.dp), ("ep", self.ep),
-            ("mbs", self.micro_batch),
+            ("gtp", self.gtp), ("cp_heads", self.cp_heads), ("mbs", self.micro_batch),
         ):  # fmt: skip
             if value != 1 or name == "mbs":
                 parts.append(f"{name}={value}")

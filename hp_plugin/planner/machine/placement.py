@@ -27,13 +27,24 @@ class Placement:
 
 @lru_cache(maxsize=4096)
 def placements(
-    tp: int, cp: int, dp: int, pp: int, ep: int, m: int, n: int, domain: int, order: str = DIM_INNERMOST
+    tp: int,
+    cp: int,
+    dp: int,
+    pp: int,
+    ep: int,
+    m: int,
+    n: int,
+    domain: int,
+    order: str = DIM_INNERMOST,
+    gtp: int = 1,
+    cp_heads: int = 1,
 ) -> dict[str, Placement]:
     """The worst placement of each kind of group in Megatron-Core's default rank order tp-cp-ep-dp-pp.
 
     Keys: `tp`, `head` and `dim` (of the m × n grid), `cp`, `dp` (with context ranks, over which gradients are
     reduced), `pp` (two neighbouring stages), `ends` (first and last stage), `ep` and `edp` (experts and their
-    replicas), and `world`.
+    replicas), and `world`; where there are such, `gtp` (ranks that share weights, behind tp) and `gdp` (their
+    replicas), `cp_heads` (context ranks that trade heads) and `cp_ring` (two neighbours of the ring around them).
 
     Args:
         ep: ranks over which experts are spread: consecutive ranks of a pipeline stage.
@@ -58,6 +69,15 @@ def placements(
         "edp": [[at + base + ep * k for k in range(stage // ep)] for at in starts for base in range(ep)],
         "world": [list(range(stage * pp))],
     }
+    if gtp > 1:
+        groups["gtp"] = [[at + base + tp * k for k in range(gtp)] for at in starts for base in _bases(tp, gtp, stage)]
+        replicas = stage // (tp * gtp)
+        groups["gdp"] = [[at + base + tp * gtp * k for k in range(replicas)] for at in starts for base in range(tp)]
+    if cp_heads > 1:
+        bases = _bases(tp, cp_heads, stage)
+        groups["cp_heads"] = [[at + base + tp * k for k in range(cp_heads)] for at in starts for base in bases]
+        last = tp * cp_heads if cp > cp_heads else 0
+        groups["cp_ring"] = [[at + base, at + base + last] for at in starts for base in _bases(tp, cp, stage)]
     return {axis: _worst([Placement.of(ranks, domain) for ranks in members]) for axis, members in groups.items()}
 
 

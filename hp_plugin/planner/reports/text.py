@@ -170,7 +170,17 @@ def _listed(found: Prediction, hardware: Hardware, label: str, program: Iterable
     """Collectives that move anything, with how often each occurs, its group, size and time."""
     layout = found.layout
     groups = placements(
-        layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain, layout.order
+        layout.tp,
+        layout.cp,
+        layout.dp,
+        layout.pp,
+        layout.ep,
+        layout.m,
+        layout.n,
+        hardware.domain,
+        layout.order,
+        layout.gtp,
+        layout.cp_heads,
     )
     pricer = Pricer(hardware, groups, found.workload.itemsize, layout.fused)
     lines = []

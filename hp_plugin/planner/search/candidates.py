@@ -28,6 +28,7 @@ class Search:
         exchanges: exchanges of grids. tp_overlap: also layouts with `--tp-comm-overlap`.
         max_micro_batch: largest micro-batch. micro_batches: only layouts with this many micro-batches per step.
         tensor_parallel: only these TP sizes. served: in decode also what servers do with stock attention.
+        peers: in training also weights shared by data-parallel ranks, and context parallelism by heads.
     """
 
     exchanges: tuple[str, ...] = tuple(RULES)
@@ -36,6 +37,7 @@ class Search:
     micro_batches: int | None = None
     tensor_parallel: tuple[int, ...] | None = None
     served: bool = False
+    peers: bool = False
 
 
 def candidate_layouts(
@@ -55,6 +57,9 @@ def candidate_layouts(
                 dp = gpus // (tp * pp * cp)
                 for grid in (None, *_grids(tp, search, domain)):
                     yield from _sized(model, workload, search, tp, grid, pp, cp, dp)
+                if search.peers and workload.training:
+                    for layout in _sized(model, workload, search, tp, None, pp, cp, dp):
+                        yield from _peers(layout)
                 for way, ranks in _served(tp) if search.served and workload.mode == "decode" else ():
                     for layout in _sized(model, workload, search, tp, None, pp, cp, dp):
                         yield replace(layout, **{way: ranks})  # type: ignore[arg-type]
@@ -70,6 +75,15 @@ def _context_sizes(ranks: int, workload: Workload) -> list[int]:
     if workload.mode == "decode":
         return [1]
     return [cp for cp in _divisors(ranks) if cp == 1 or workload.seq // cp >= MIN_CONTEXT_SHARE]
+
+
+def _peers(layout: Layout) -> Iterator[Layout]:
+    """Stock layouts of rarer flags beside one."""
+    if layout.zero == "full":
+        return
+    if layout.cp == 1:
+        yield from (replace(layout, gtp=ranks) for ranks in _divisors(layout.dp) if 1 < ranks <= MAX_TENSOR_PARALLEL)
+    yield from (replace(layout, cp_heads=ranks) for ranks in _divisors(layout.cp) if ranks > 1)
 
 
 def _served(tp: int) -> Iterator[tuple[str, int]]:

@@ -92,6 +92,13 @@ def _parallel_flags(prediction: Prediction) -> list[str]:
         assert split is not None, "a predicted layout has no empty stage"
         flags.append(f"--decoder-last-pipeline-num-layers {split[-1]}")
     flags += [f"--context-parallel-size {layout.cp}"] if layout.cp > 1 else []
+    if layout.gtp > 1:
+        flags.append(f"--tensor-parallel-num-weight-shards {layout.tp * layout.gtp}")
+    if layout.cp_heads == layout.cp > 1:
+        flags.append("--cp-comm-type a2a")
+    elif layout.cp_heads > 1:
+        around = layout.cp // layout.cp_heads
+        flags.append(f"--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes {layout.cp_heads} {around}")
     flags += ["--sequence-parallel"] if layout.sp else []
     flags += ["--tp-comm-overlap"] if layout.tp_overlap else []
     if layout.recompute == "full":

@@ -35,9 +35,10 @@ def shared_costs(hardware: Hardware, groups: Mapping[str, Placement], share: Sha
     sharded = layout.zero == "full"
     axes = ("tp", "head", "dim", "cp", "ep", *(("dp",) if sharded else ()))
     # Pipeline stages, replicas and the batch beyond the micro-batch do not enter a pass.
-    alone = replace(layout, pp=1, vpp=1, dp=layout.dp if sharded else 1)
+    alone = replace(layout, pp=1, vpp=1, dp=layout.dp if sharded else layout.gtp)
     workload = replace(share.workload, global_batch=1)
-    used = tuple((axis, groups[axis]) for axis in axes)
+    rarer = [axis for axis in ("gtp", "cp_heads", "cp_ring") if axis in groups]
+    used = tuple((axis, groups[axis]) for axis in (*axes, *rarer))
     return _costs(hardware, used, replace(share, layout=alone, workload=workload))
 
 

@@ -62,7 +62,17 @@ class _Step:
         self.needed = needed
         layout = share.layout
         self.groups = placements(
-            layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n, hardware.domain, layout.order
+            layout.tp,
+            layout.cp,
+            layout.dp,
+            layout.pp,
+            layout.ep,
+            layout.m,
+            layout.n,
+            hardware.domain,
+            layout.order,
+            layout.gtp,
+            layout.cp_heads,
         )
         if layout.tp_overlap and self.groups["tp"].domains > 1:
             said = (
