@@ -1,7 +1,7 @@
 """What stock does by rarer flags, written out: weights shared by data-parallel ranks, context parallelism by heads.
 
-D = 8, 4 query and 2 key/value heads of 4 channels, an MLP of 24: a layer's linears have 8 · (16+16) + 16 · 8 + 2 · 8 · 24
-parameters, 768.
+D = 8, 4 query and 2 key/value heads of 4 channels, an MLP of 24: a layer's linears have 768 parameters,
+8 · (16+16) + 16 · 8 + 2 · 8 · 24.
 """
 
 from __future__ import annotations

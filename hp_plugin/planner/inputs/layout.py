@@ -37,8 +37,9 @@ class Layout:
             vLLM and SGLang). kvp: the same where each has the query heads of all of them (Helix). adp: ranks that share
             it by sequences, with attention's weights whole on each (attention data parallelism). Stock attention alone.
         gtp: data-parallel ranks over which every linear's weight is spread and gathered for each use (GTP of
-            Megatron-Core 0.19, `--tensor-parallel-num-weight-shards` TP·gtp). cp_heads: context-parallel ranks that trade tokens for heads
-            (`a2a+p2p`, or `a2a` where it is all of them); the ring goes around the rest. Stock attention alone.
+            Megatron-Core 0.19, `--tensor-parallel-num-weight-shards` TP·gtp). cp_heads: context-parallel ranks that
+            trade tokens for heads (`a2a+p2p`, or `a2a` where it is all of them); the ring goes around the rest. Stock
+            attention alone.
         fused: whether the norm, bias and activation kernels are fused (Megatron with Transformer Engine) or not.
 
     Raises:
