@@ -25,10 +25,9 @@ def shorten(text: str, longest: int = 120) -> str:
 
 LONGEST = 300
 """Characters of a message that a command prints; longer ones are read by nobody."""
-quoted = shown
 
 
-def shortened(text: str, most: int = LONGEST) -> str:
+def first_reasons(text: str, most: int = LONGEST) -> str:
     """A message of one line and at most so many characters: of several reasons the first ones."""
     text = " ".join(text.split())
     if len(text) <= most:

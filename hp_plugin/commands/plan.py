@@ -29,7 +29,7 @@ from hp_plugin.planner.search.candidates import Search
 from hp_plugin.planner.search.plan import make_plan
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict
-from hp_plugin.refusal import RefusedError, quoted, shortened
+from hp_plugin.refusal import RefusedError, first_reasons, shown
 
 MAX_DRAWN = 4096
 """Micro-batches beyond which nobody looks at a picture of all of them."""
@@ -121,19 +121,19 @@ def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes an integer, got {quoted(text)}") from None
+        raise argparse.ArgumentTypeError(f"takes an integer, got {shown(text)}") from None
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes a number, got {quoted(text)}") from None
+        raise argparse.ArgumentTypeError(f"takes a number, got {shown(text)}") from None
 
 
 def _word(text: str) -> str:
     # argparse repeats in full what is no choice.
-    return text if len(text) < 60 else quoted(text)
+    return text if len(text) < 60 else shown(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         lines = _lines(args)
     except ValueError as error:
         # Of many reasons the first; whoever wants all lists the refused layouts.
-        raise ValueError(shortened(str(error))) from None
+        raise ValueError(first_reasons(str(error))) from None
     for line in lines:
         print(line)
     return 0
@@ -293,14 +293,14 @@ def _check(args: argparse.Namespace) -> None:
     for size in args.tp or ():
         if not 1 <= size <= MAX_SIZE:
             said = "positive" if size < 1 else f"at most {MAX_SIZE:,}"
-            raise ValueError(f"--tp must be {said}, got {quoted(size)}")
+            raise ValueError(f"--tp must be {said}, got {shown(size)}")
     if args.gpus is not None and args.gpus > MAX_GPUS:
-        raise ValueError(f"--gpus must be at most {MAX_GPUS:,}, got {quoted(args.gpus)}")
+        raise ValueError(f"--gpus must be at most {MAX_GPUS:,}, got {shown(args.gpus)}")
     for name in ("gpus", "top", "max_micro_batch", "sweep_to", "micro_batches", "memory_gb"):
         value = getattr(args, name)
         if value is not None and not 0 < value <= MAX_SIZE:
             said = "positive" if not 0 < value < inf else f"at most {MAX_SIZE:,}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {said}, got {quoted(value)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be {said}, got {shown(value)}")
     if args.trace and args.explain is None:
         raise ValueError("--trace draws one step: name its layout with --explain")
     if args.png and args.explain is None and not args.sweep:

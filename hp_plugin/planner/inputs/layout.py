@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO
 from hp_plugin.grid.ranks import DIM_INNERMOST, HEAD_INNERMOST
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 RECOMPUTE = ("none", "selective", "full")
 ZERO = ("replicated", "optimizer", "full")
@@ -71,10 +71,10 @@ class Layout:
             value = getattr(self, name)
             if not 1 <= value <= MAX_SIZE:
                 said = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
-                raise ValueError(f"layout: {name} must be {said}, got {quoted(value)}")
+                raise ValueError(f"layout: {name} must be {said}, got {shown(value)}")
         for name, words in (("recompute", RECOMPUTE), ("zero", ZERO), ("moe", MOE_BACKENDS)):
             if getattr(self, name) not in words:
-                raise ValueError(f"layout: {name} must be one of {', '.join(words)}, got {quoted(getattr(self, name))}")
+                raise ValueError(f"layout: {name} must be one of {', '.join(words)}, got {shown(getattr(self, name))}")
         if self.grid is not None and self.grid.size != self.tp:
             raise ValueError(f"layout: grid {self.grid.m}x{self.grid.n} makes tp={self.grid.size}, not {self.tp}")
         served = [f"{name}={getattr(self, name)}" for name in SERVED if getattr(self, name) > 1]
@@ -184,9 +184,9 @@ class Layout:
             if key not in _KEYS:
                 near = get_close_matches(key, _KEYS, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"layout {quoted(text)}: unknown key {quoted(key)}{hint}")
+                raise ValueError(f"layout {shown(text)}: unknown key {shown(key)}{hint}")
             if key in given:
-                raise ValueError(f"layout {quoted(text)}: {key} is given twice")
+                raise ValueError(f"layout {shown(text)}: {key} is given twice")
             given[key] = value if equals else "on"
         grid = _grid(text, given)
         values: dict[str, object] = {}
@@ -200,7 +200,7 @@ class Layout:
         if grid is not None:
             if values.get("tp", grid.size) != grid.size:
                 raise ValueError(
-                    f"layout {quoted(text)}: grid {grid.m}x{grid.n} makes tp={grid.size}, not {values['tp']}"
+                    f"layout {shown(text)}: grid {grid.m}x{grid.n} makes tp={grid.size}, not {values['tp']}"
                 )
             values["tp"], values["grid"] = grid.size, grid
         layout = cls(**values)  # type: ignore[arg-type]
@@ -210,11 +210,11 @@ class Layout:
             model = layout.tp * layout.pp * layout.cp
             if world % model:
                 raise ValueError(
-                    f"layout {quoted(text)} takes a multiple of tp·pp·cp = {model} GPUs, and {world} is none"
+                    f"layout {shown(text)} takes a multiple of tp·pp·cp = {model} GPUs, and {world} is none"
                 )
             return cls(**{**values, "dp": world // model})  # type: ignore[arg-type]
         if layout.world != world:
-            raise ValueError(f"layout {quoted(text)} takes tp·pp·cp·dp = {layout.world} GPUs, not {world}")
+            raise ValueError(f"layout {shown(text)} takes tp·pp·cp·dp = {layout.world} GPUs, not {world}")
         return layout
 
 
@@ -227,11 +227,11 @@ def _grid(text: str, given: dict[str, str]) -> HeadDimConfig | None:
     if shape is None:
         for key, value in (("exchange", exchange), ("order", order)):
             if value is not None:
-                raise ValueError(f"layout {quoted(text)}: {key}={quoted(value)[1:-1]} needs grid=MxN")
+                raise ValueError(f"layout {shown(text)}: {key}={shown(value)[1:-1]} needs grid=MxN")
         return None
     m, times, n = shape.partition("x")
     if not (times and m.isdigit() and n.isdigit()):
-        raise ValueError(f"layout {quoted(text)}: grid takes MxN, for example 4x4, got {quoted(shape)}")
+        raise ValueError(f"layout {shown(text)}: grid takes MxN, for example 4x4, got {shown(shape)}")
     return HeadDimConfig(int(m), int(n), exchange or AUTO, order or DIM_INNERMOST)
 
 
@@ -240,10 +240,10 @@ def _integer(text: str, key: str, value: str) -> int:
         return int(value)
     except ValueError:
         name = "mbs" if key == "micro_batch" else key
-        raise ValueError(f"layout {quoted(text)}: {name} takes an integer, got {quoted(value)}") from None
+        raise ValueError(f"layout {shown(text)}: {name} takes an integer, got {shown(value)}") from None
 
 
 def _switch(text: str, key: str, value: str) -> bool:
     if value not in ("on", "off"):
-        raise ValueError(f"layout {quoted(text)}: {key} takes on or off, got {quoted(value)}")
+        raise ValueError(f"layout {shown(text)}: {key} takes on or off, got {shown(value)}")
     return value == "on"

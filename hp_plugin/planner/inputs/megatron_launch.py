@@ -11,7 +11,7 @@ from hp_plugin.config import WIDEST, HeadDimConfig
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
-from hp_plugin.refusal import quoted, shortened
+from hp_plugin.refusal import first_reasons, shown
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _parsed(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         given, others = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
-        raise ValueError(shortened(f"--from-launch: {error}")) from None
+        raise ValueError(first_reasons(f"--from-launch: {error}")) from None
     said = [other.lstrip("-").partition("=")[0] for other in others if other.startswith("--")]
     for name, what in _NOT_PLANNED.items():
         if name in said and "vanilla" not in others:
@@ -150,7 +150,7 @@ def _model(given: argparse.Namespace, notes: list[str]) -> ModelShape:
         ffn = given.moe_ffn_hidden_size
     if not given.moe_layer_freq.isdecimal() or len(given.moe_layer_freq) > 9:
         raise ValueError(
-            f"--from-launch: --moe-layer-freq {quoted(given.moe_layer_freq)}: only every so-manieth is planned"
+            f"--from-launch: --moe-layer-freq {shown(given.moe_layer_freq)}: only every so-manieth is planned"
         )
     rotary = given.position_embedding_type == "rope"
     learned = given.position_embedding_type == "learned_absolute"

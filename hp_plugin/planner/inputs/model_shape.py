@@ -12,7 +12,7 @@ from typing import Any
 from hp_plugin.planner.inputs.hugging_face import fields as hugging_face
 from hp_plugin.planner.inputs.hugging_face.fields import MAX_LAYERS
 from hp_plugin.planner.machine.json_file import names_file, package_json, path_said, read_object
-from hp_plugin.refusal import quoted, shortened
+from hp_plugin.refusal import first_reasons, shown
 
 ACTIVATIONS = ("", "silu", "gelu", "quick_gelu", "squared_relu")
 """What an MLP's activation may be; "" is SiLU in gated ones and GELU in others."""
@@ -87,16 +87,16 @@ class ModelShape:
         for name in ("layers", "D", "h", "g", "d", "ffn", "top_k", "moe_every", "norms", "rotary_base"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"model {self.name}: {name} must be a positive integer, got {quoted(value)}")
+                raise ValueError(f"model {self.name}: {name} must be a positive integer, got {shown(value)}")
             self._check_size(name, value)
         for name in ("vocab", "learned_positions", "experts", "window", "window_every", "rotary_interpolation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {quoted(value)}")
+                raise ValueError(f"model {self.name}: {name} must be an integer of at least 0, got {shown(value)}")
             self._check_size(name, value)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"model {self.name}: activation {quoted(self.activation)} is none of {', '.join(ACTIVATIONS[1:])}"
+                f"model {self.name}: activation {shown(self.activation)} is none of {', '.join(ACTIVATIONS[1:])}"
             )
         if not (0 < self.rotary_percent <= 1 and 0 < self.norm_epsilon < inf and 0 <= self.rotary_scaling < inf):
             raise ValueError(
@@ -113,7 +113,7 @@ class ModelShape:
     def _check_size(self, name: str, value: int) -> None:
         most = MAX_SIZE * _LARGER.get(name, 1)
         if value > most and name != "layers":
-            raise ValueError(f"model {self.name}: {name}={quoted(value)} is more than the {most:,} that are planned")
+            raise ValueError(f"model {self.name}: {name}={shown(value)} is more than the {most:,} that are planned")
 
     @property
     def moe_layers(self) -> int:
@@ -229,7 +229,7 @@ def load_model(text: str) -> ModelShape:
     near = get_close_matches(first, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"unknown model {quoted(first)}: choose from {', '.join(known)}, give a .json file, or write "
+        f"unknown model {shown(first)}: choose from {', '.join(known)}, give a .json file, or write "
         f"layers=..,D=..,h=..{hint}"
     )
 
@@ -242,7 +242,7 @@ def _from_file(path: Path, changes: str) -> ModelShape:
             return _from_fields(name, {**hugging_face.shape_of(found), **_pairs(changes)})
         return _from_fields(path.stem, {**_shape(found), **_pairs(changes)})
     except ValueError as error:
-        raise ValueError(shortened(f"model file {path_said(path)}: {error}")) from None
+        raise ValueError(first_reasons(f"model file {path_said(path)}: {error}")) from None
 
 
 def _shape(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def _pairs(text: str) -> dict[str, Any]:
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"model: expected key=value, got {quoted(part)}")
+            raise ValueError(f"model: expected key=value, got {shown(part)}")
         if key.strip() in values:
-            raise ValueError(f"model: {quoted(key.strip())[1:-1]} is given twice")
+            raise ValueError(f"model: {shown(key.strip())[1:-1]} is given twice")
         if value.lower() in ("true", "false"):
             values[key.strip()] = value.lower() == "true"
             continue
@@ -285,7 +285,7 @@ def _number(key: str, text: str) -> Any:
             continue
         if isinstance(number, int) or isfinite(number):
             return number
-    raise ValueError(f"model: {quoted(key)[1:-1]} takes an integer or true/false, got {quoted(text)}")
+    raise ValueError(f"model: {shown(key)[1:-1]} takes an integer or true/false, got {shown(text)}")
 
 
 def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
@@ -294,10 +294,10 @@ def _from_fields(name: str, values: Mapping[str, Any]) -> ModelShape:
         if key not in allowed or key == "name":
             near = get_close_matches(key, allowed, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model {name}: unknown field {quoted(key)}{hint}")
+            raise ValueError(f"model {name}: unknown field {shown(key)}{hint}")
         wanted, said = _TYPES[allowed[key]]
         if type(value) not in wanted:
-            raise ValueError(f"model {name}: {key} takes {said}, got {quoted(value)}")
+            raise ValueError(f"model {name}: {key} takes {said}, got {shown(value)}")
     missing = [key for key in ("layers", "D", "h") if key not in values]
     if missing:
         raise ValueError(f"model {name}: missing {', '.join(missing)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 MAX_SEQ = 2**24
 """Tokens of a sequence beyond which a number is taken for a typing error."""
@@ -39,13 +39,13 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"unknown mode {quoted(self.mode)}: choose from {', '.join(MODES)}")
+            raise ValueError(f"unknown mode {shown(self.mode)}: choose from {', '.join(MODES)}")
         if self.continuous and self.mode != "decode":
             raise ValueError(f"continuous concerns decode, not {self.mode}")
         for name, most in (("seq", MAX_SEQ), ("global_batch", MAX_BATCH), ("itemsize", 8), ("grad_itemsize", 8)):
             if not 1 <= getattr(self, name) <= most:
                 said = "at least 1" if getattr(self, name) < 1 else f"at most {most:,}"
-                raise ValueError(f"{name.replace('_', ' ')} must be {said}, got {quoted(getattr(self, name))}")
+                raise ValueError(f"{name.replace('_', ' ')} must be {said}, got {shown(getattr(self, name))}")
 
     @property
     def training(self) -> bool:

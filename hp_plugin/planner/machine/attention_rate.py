@@ -8,7 +8,7 @@ from math import ceil, exp, log
 from typing import Any
 
 from hp_plugin.planner.machine.parameter import positive
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 Rates = Mapping[int, Mapping[int, float]]
 """Operations per second by head dimension, then by sequence length."""
@@ -145,7 +145,7 @@ class AttentionKernel:
 
 def _size(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 10**9:
-        raise ValueError(f"a head dimension or length must be a positive integer, got {quoted(text)}")
+        raise ValueError(f"a head dimension or length must be a positive integer, got {shown(text)}")
     return int(text)
 
 

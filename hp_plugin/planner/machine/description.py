@@ -12,7 +12,7 @@ from hp_plugin.planner.machine.collectives import Collectives, Links
 from hp_plugin.planner.machine.curve import TimeCurve
 from hp_plugin.planner.machine.json_file import package_folder, package_json, read_object
 from hp_plugin.planner.machine.parameter import Parameter, positive
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 FIELDS = ("description", "order", "based_on", "parameters", "gemm", "attention", "kernels", "collectives")
 """What a description may say; `order` is a shipped machine's place in lists."""
@@ -39,12 +39,12 @@ def inherited(name: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     own = entry.get("parameters", {})
     if not isinstance(own, Mapping):
-        raise ValueError(f"hardware {name}, parameters: expected an object, got {quoted(own)}")
+        raise ValueError(f"hardware {name}, parameters: expected an object, got {shown(own)}")
     base = entry.get("based_on")
     if base is None:
         return {**entry, "parameters": own}
     if not isinstance(base, str) or base not in shipped_entries():
-        raise ValueError(f"hardware {name}: based_on {quoted(base)} is none of {', '.join(shipped_entries())}")
+        raise ValueError(f"hardware {name}: based_on {shown(base)} is none of {', '.join(shipped_entries())}")
     parent = inherited(base, shipped_entries()[base])
     merged = {**parent, **{key: value for key, value in entry.items() if key != "based_on"}}
     merged["parameters"] = {**parent["parameters"], **own}
@@ -65,7 +65,7 @@ def table(what: str, reference: object, folder: Path | None) -> Any:
         return package_json(f"machine/data/{reference}")
     except OSError:
         raise ValueError(
-            f"no {what} table {quoted(reference)}, neither beside the description nor in the package"
+            f"no {what} table {shown(reference)}, neither beside the description nor in the package"
         ) from None
 
 
@@ -81,7 +81,7 @@ def attention_kernels(given: Mapping[str, Any], multiprocessors: int) -> dict[st
 def _whole(value: object, what: str) -> int:
     number = positive(value, what)
     if not number.is_integer():
-        raise ValueError(f"{what}: must be a whole number, got {quoted(value)}")
+        raise ValueError(f"{what}: must be a whole number, got {shown(value)}")
     return int(number)
 
 
@@ -102,7 +102,7 @@ def measured_collectives(given: Mapping[str, Any], parameters: Mapping[str, Para
             raise ValueError(
                 f"{entry['collective']}, {entry['ranks']} ranks: a curve needs points of (bytes, microseconds)"
             )
-        what = f"{quoted(entry['collective'])}, {quoted(entry['ranks'])} ranks"
+        what = f"{shown(entry['collective'])}, {shown(entry['ranks'])} ranks"
         measured = [
             (positive(size, f"bytes of {what}"), positive(micros, f"microseconds of {what}"))
             for size, micros in entry["points"]

@@ -10,7 +10,7 @@ from math import exp, log, log2
 from pathlib import Path
 from typing import Any
 
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 TILE = 128
 """Output columns below which a tensor-core tile is padded (H100 CUTLASS tiles are 128 wide), unless the table itself
@@ -38,7 +38,7 @@ class GemmTable:
         for *shape, rate in rows:
             key = tuple(int(size) for size in shape)
             if not 0 < min(key) <= max(key) < LARGEST or not LOWEST < rate < HIGHEST:
-                said = ", ".join(quoted(value) for value in (*key, rate))
+                said = ", ".join(shown(value) for value in (*key, rate))
                 raise ValueError(f"GEMM table: batch, m, n, k and rate must be positive sizes and a rate, got {said}")
             if key in self._log_rate:
                 raise ValueError(f"GEMM table: shape {key} is given twice")
@@ -70,7 +70,7 @@ class GemmTable:
                     batch, m, n, k = (int(record[name]) for name in _AXES)
                     rows.append((batch, m, n, k, float(record["tflops"]) * 1e12))
                 except (TypeError, ValueError):
-                    got = quoted(",".join(str(value) for value in record.values()), 100)
+                    got = shown(",".join(str(value) for value in record.values()))
                     raise ValueError(
                         f"{path}, line {reader.line_num}: expected four integers and a number, got {got[1:-1]}"
                     ) from None

@@ -23,7 +23,7 @@ from hp_plugin.planner.machine.description import (
 from hp_plugin.planner.machine.gemm import GemmTable
 from hp_plugin.planner.machine.json_file import names_file, read_object
 from hp_plugin.planner.machine.parameter import PARAMETERS, Parameter, read_parameters
-from hp_plugin.refusal import quoted, shortened
+from hp_plugin.refusal import first_reasons, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +94,13 @@ def load_hardware(name: str) -> Hardware:
         return _build(path.stem, read_object(path, "hardware file"), path.parent)
     near = get_close_matches(name, entries, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown hardware {quoted(name)}: choose from {', '.join(entries)} or give a .json file{hint}")
+    raise ValueError(f"unknown hardware {shown(name)}: choose from {', '.join(entries)} or give a .json file{hint}")
 
 
 def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware:
     unknown = sorted(set(entry) - set(FIELDS))
     if unknown:
-        raise ValueError(f"hardware {name}: unknown field {quoted(unknown[0])}; known are {', '.join(sorted(FIELDS))}")
+        raise ValueError(f"hardware {name}: unknown field {shown(unknown[0])}; known are {', '.join(sorted(FIELDS))}")
     entry = inherited(name, entry)
     missing = [field for field in PARAMETERS if field not in entry["parameters"]]
     missing += [field for field in ("gemm", "attention", "kernels", "collectives") if field not in entry]
@@ -114,11 +114,11 @@ def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware
         products = GemmTable(((*row[:4], row[4] * 1e12) for row in gemm["rows"]), str(gemm["source"]))
         kernels = attention_kernels(attention, int(parameters["multiprocessors"].value))
         if not isinstance(entry["kernels"], list):
-            raise ValueError(f"hardware {name}, kernels: expected a list of names, got {quoted(entry['kernels'])}")
+            raise ValueError(f"hardware {name}, kernels: expected a list of names, got {shown(entry['kernels'])}")
         order = tuple(str(kernel) for kernel in entry["kernels"])
         for kernel in order:
             if kernel not in kernels:
-                raise ValueError(f"hardware {name}, kernels: {quoted(kernel)} is not in the attention table")
+                raise ValueError(f"hardware {name}, kernels: {shown(kernel)} is not in the attention table")
         collectives = measured_collectives(curves, parameters)
         sources = [f"GEMM ({gemm['kind']}): {gemm['source']}"]
         sources += [
@@ -131,10 +131,10 @@ def _build(name: str, entry: Mapping[str, Any], folder: Path | None) -> Hardware
             for curve in curves["curves"]
         ]
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        said = quoted(error.args[0]) if error.args else "nothing there"
+        said = shown(error.args[0]) if error.args else "nothing there"
         raise ValueError(f"hardware {name}: malformed table, {type(error).__name__}: {said}") from None
     except ValueError as error:
-        said = shortened(str(error), 200)
+        said = first_reasons(str(error), 200)
         raise ValueError(said if said.startswith("hardware ") else f"hardware {name}: {said}") from None
     described = str(entry.get("description", name))
     return Hardware(name, described, parameters, products, kernels, order, collectives, tuple(sources))

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 if TYPE_CHECKING:  # its place differs between Python 3.10 and 3.11
     from importlib.abc import Traversable
@@ -78,13 +78,13 @@ DIGITS = 30
 def _finite(text: str) -> float:
     number = float(text)
     if not isfinite(number):
-        raise ValueError(f"{quoted(text)} is no finite number")
+        raise ValueError(f"{shown(text)} is no finite number")
     return number
 
 
 def _integer(text: str) -> int:
     if len(text) > DIGITS:
-        raise ValueError(f"{quoted(text)} is no number that means anything here")
+        raise ValueError(f"{shown(text)} is no number that means anything here")
     return int(text)
 
 
@@ -93,5 +93,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{quoted(twice)} is given twice")
+        raise ValueError(f"{shown(twice)} is given twice")
     return found

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 NAMES = {
     "all_reduce": "all_reduce",
@@ -139,7 +139,7 @@ def _columns(where: str, text: str) -> list[str]:
     header = words[start:]
     time = next((at for at, word in enumerate(header) if word in ("time", "cputime")), None)
     if header[:3] != ["size", "count", "type"] or (time and header[time + 1 : time + 3] != ["algbw", "busbw"]):
-        said = quoted(" ".join(header), 100)
+        said = shown(" ".join(header))
         raise ValueError(f"{where}: columns in another order than nccl-tests prints: {said}")
     return header
 
@@ -180,7 +180,7 @@ def _row(where: str, number: int, words: list[str], run: Run) -> Row:
         bandwidth = float(words[time_column + 1])
     except ValueError:
         raise ValueError(
-            f"{where}: size and time must be numbers, got {quoted(words[0])} and {quoted(words[time_column])}"
+            f"{where}: size and time must be numbers, got {shown(words[0])} and {shown(words[time_column])}"
         ) from None
     if size > 0 and not (micros > 0 and isfinite(micros)):
         raise ValueError(f"{where}: size and time must be positive and finite, got {size:g}, {micros:g}")

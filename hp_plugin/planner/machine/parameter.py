@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 PARAMETERS = {
     "memory_bytes": "device memory",
@@ -65,14 +65,14 @@ class Parameter:
             ValueError: a field is missing, the value is no positive number, or the kind is unknown.
         """
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{name}: expected an object with value, kind and source, got {quoted(entry)}")
+            raise ValueError(f"{name}: expected an object with value, kind and source, got {shown(entry)}")
         fields: Mapping[str, Any] = entry
         missing = [field for field in ("value", "kind", "source") if field not in fields]
         if missing:
             raise ValueError(f"{name}: missing {', '.join(missing)}")
         value = positive(fields["value"], f"{name}: value")
         if not isinstance(fields["kind"], str) or fields["kind"] not in KINDS:
-            raise ValueError(f"{name}: kind {quoted(fields['kind'])} is none of {', '.join(KINDS)}")
+            raise ValueError(f"{name}: kind {shown(fields['kind'])} is none of {', '.join(KINDS)}")
         return cls(value, str(fields["kind"]), str(fields["source"]))
 
 
@@ -83,9 +83,9 @@ def positive(value: object, what: str) -> float:
         ValueError: it is no positive number, or one of no machine.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or not isfinite(value):
-        raise ValueError(f"{what} must be a positive number, got {quoted(value)}")
+        raise ValueError(f"{what} must be a positive number, got {shown(value)}")
     if not _LEAST <= value <= _MOST:
-        raise ValueError(f"{what} must be between {_LEAST:g} and {_MOST:g}, got {quoted(value)}")
+        raise ValueError(f"{what} must be between {_LEAST:g} and {_MOST:g}, got {shown(value)}")
     return float(value)
 
 
@@ -100,7 +100,7 @@ def read_parameters(machine: str, given: Mapping[str, object]) -> dict[str, Para
         if field not in PARAMETERS:
             near = get_close_matches(field, PARAMETERS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"hardware {machine}: unknown parameter {quoted(field)}{hint}")
+            raise ValueError(f"hardware {machine}: unknown parameter {shown(field)}{hint}")
     read = {field: Parameter.from_json(f"hardware {machine}, {field}", given[field]) for field in PARAMETERS}
     for field in _SHARES:
         if read[field].value > 1:

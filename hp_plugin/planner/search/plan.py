@@ -16,7 +16,7 @@ from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.search.candidates import Search, candidate_layouts
 from hp_plugin.planner.seconds.prediction import Prediction
 from hp_plugin.planner.seconds.step import predict_share
-from hp_plugin.refusal import Refusal, RefusedError, quoted
+from hp_plugin.refusal import Refusal, RefusedError, shown
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def make_plan(
         ValueError: no layout fits; the message says what each kind of refusal lacks.
     """
     if not 1 <= gpus <= MAX_GPUS:
-        raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {quoted(gpus)}")
+        raise ValueError(f"--gpus must be between 1 and {MAX_GPUS}, got {shown(gpus)}")
     plan = Plan()
     search = search or Search()
     for number, layout in enumerate(candidate_layouts(model, gpus, workload, search, hardware.domain), start=1):

@@ -9,7 +9,7 @@ from hp_plugin.planner.inputs.hugging_face.defaults import OTHER_NAMES, type_def
 from hp_plugin.planner.inputs.hugging_face.model_types import FLAT, MODEL_TYPES, NOT_PLANNED, ModelType
 from hp_plugin.planner.inputs.hugging_face.rotary import rotary_fields
 from hp_plugin.planner.inputs.hugging_face.windows import window_fields
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 MAX_LAYERS = 10_000
 """Layers beyond which a model is taken for a typing error."""
@@ -54,9 +54,9 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     decoder, kind = _decoder(config)
     if kind in NOT_PLANNED:
-        raise ValueError(f"model_type {quoted(kind)} needs {NOT_PLANNED[kind]}: not planned")
+        raise ValueError(f"model_type {shown(kind)} needs {NOT_PLANNED[kind]}: not planned")
     if kind not in MODEL_TYPES:
-        raise ValueError(f"model_type {quoted(kind)} is not supported; supported are {', '.join(MODEL_TYPES)}")
+        raise ValueError(f"model_type {shown(kind)} is not supported; supported are {', '.join(MODEL_TYPES)}")
     said = {OTHER_NAMES.get(key, key): value for key, value in decoder.items()}
     if decoder is config:
         for key in _SIZES:
@@ -68,7 +68,7 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{what} ({key}) is not supported")
     every = said.get("decoder_sparse_step", 1)
     if every != 1:
-        raise ValueError(f"experts in every so-manieth layer (decoder_sparse_step {quoted(every)}) are not supported")
+        raise ValueError(f"experts in every so-manieth layer (decoder_sparse_step {shown(every)}) are not supported")
     if "tie_word_embeddings" in config:
         said["tie_word_embeddings"] = config["tie_word_embeddings"]
     return _fields(MODEL_TYPES[kind], _Values(kind, said, known))
@@ -102,9 +102,9 @@ class _Values:
         """
         value = self.get(name)
         if value is None:
-            raise ValueError(f"{name} is missing, and model_type {quoted(self.kind)} has no default for it")
+            raise ValueError(f"{name} is missing, and model_type {shown(self.kind)} has no default for it")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} takes an integer, got {quoted(value)}")
+            raise ValueError(f"{name} takes an integer, got {shown(value)}")
         return value
 
     def switch(self, name: str) -> bool:
@@ -115,7 +115,7 @@ class _Values:
         """
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name} takes true or false, got {quoted(value)}")
+            raise ValueError(f"{name} takes true or false, got {shown(value)}")
         return bool(value)
 
     def number(self, name: str) -> float | None:
@@ -128,7 +128,7 @@ class _Values:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
-            raise ValueError(f"{name} takes a number, got {quoted(value)}")
+            raise ValueError(f"{name} takes a number, got {shown(value)}")
         return float(value)
 
     def words(self, name: str) -> str | None:
@@ -139,7 +139,7 @@ class _Values:
         """
         value = self.get(name)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} takes a word, got {quoted(value)}")
+            raise ValueError(f"{name} takes a word, got {shown(value)}")
         return value
 
 
@@ -153,7 +153,7 @@ def _fields(kind: ModelType, values: _Values) -> dict[str, Any]:
     activation = _activation(kind, values)
     layers = values.size("num_hidden_layers")
     if not 0 < layers <= MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers takes 1 to {MAX_LAYERS:,}, got {quoted(layers)}")
+        raise ValueError(f"num_hidden_layers takes 1 to {MAX_LAYERS:,}, got {shown(layers)}")
     found: dict[str, Any] = {
         "layers": layers,
         "D": hidden,
@@ -190,7 +190,7 @@ def _activation(kind: ModelType, values: _Values) -> str:
     """The activation, or nothing where it is what `gated` stands for."""
     said = values.words("hidden_activation") or values.words("hidden_act") or "silu"
     if said not in _ACTIVATIONS:
-        raise ValueError(f"activation {quoted(said)} (hidden_act) is not supported")
+        raise ValueError(f"activation {shown(said)} (hidden_act) is not supported")
     found = _ACTIVATIONS[said]
     return "" if found == ("silu" if kind.gated else "gelu") else found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 
 def rotary_fields(get: Callable[[str], Any]) -> tuple[dict[str, Any], list[str]]:
@@ -27,13 +27,13 @@ def rotary_fields(get: Callable[[str], Any]) -> tuple[dict[str, Any], list[str]]
 
 def _table(name: str, value: object) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name} takes an object, got {quoted(value)}")
+        raise ValueError(f"{name} takes an object, got {shown(value)}")
     return value or {}
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e30:
-        raise ValueError(f"{name} takes a positive number, got {quoted(value)}")
+        raise ValueError(f"{name} takes a positive number, got {shown(value)}")
     return value
 
 
@@ -41,7 +41,7 @@ def _scaling(scaling: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     factor = scaling.get("factor", 1)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1e30:
-        raise ValueError(f"rotary scaling takes a positive factor, got {quoted(factor)}")
+        raise ValueError(f"rotary scaling takes a positive factor, got {shown(factor)}")
     if kind == "default" or (kind != "longrope" and factor == 1):
         return {}, ["rotary sections for images (mrope_section)"] if "mrope_section" in scaling else []
     if kind == "llama3":
@@ -51,4 +51,4 @@ def _scaling(scaling: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return {"rotary_scaling": float(factor)}, []
     if kind == "linear" and float(factor).is_integer():
         return {"rotary_interpolation": int(factor)}, []
-    return {}, [f"rotary scaling {quoted(kind)} by {factor:g}"]
+    return {}, [f"rotary scaling {shown(kind)} by {factor:g}"]

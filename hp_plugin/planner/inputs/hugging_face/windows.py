@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hp_plugin.planner.inputs.hugging_face.model_types import ModelType
-from hp_plugin.refusal import quoted
+from hp_plugin.refusal import shown
 
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
@@ -24,7 +24,7 @@ def window_fields(kind: ModelType, get: Callable[[str], Any], layers: int) -> di
     if not window or not any(pattern):
         return {"window": 0}
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"sliding_window takes a positive integer, got {quoted(window)}")
+        raise ValueError(f"sliding_window takes a positive integer, got {shown(window)}")
     if all(pattern):
         return {"window": window, "window_every": 0}
     every = pattern.index(False) + 1
@@ -38,10 +38,10 @@ def window_fields(kind: ModelType, get: Callable[[str], Any], layers: int) -> di
 
 def _said(types: object, layers: int) -> list[bool]:
     if not isinstance(types, list):
-        raise ValueError(f"layer_types takes a list, got {quoted(types)}")
+        raise ValueError(f"layer_types takes a list, got {shown(types)}")
     for each in types:
         if each not in (_FULL, _WINDOW):
-            kind = quoted(each).strip("'").replace("_", " ")
+            kind = shown(each).strip("'").replace("_", " ")
             raise ValueError(f"layers of {kind} (layer_types) are not planned")
     if len(types) != layers:
         raise ValueError(f"layer_types names {len(types)} layers of {layers}")
@@ -59,6 +59,6 @@ def _pattern(kind: ModelType, get: Callable[[str], Any], layers: int) -> list[bo
     if kind.window == "all but every":
         every = get("sliding_window_pattern") or get("_sliding_window_pattern") or kind.window_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"sliding_window_pattern takes a positive integer, got {quoted(every)}")
+            raise ValueError(f"sliding_window_pattern takes a positive integer, got {shown(every)}")
         return [(number + 1) % every != 0 for number in numbers]
     return [False] * layers
