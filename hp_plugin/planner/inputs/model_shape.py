@@ -227,11 +227,9 @@ def load_model(text: str) -> ModelShape:
     if path.suffix == ".json" or names_file(first):
         return _from_file(path, rest)
     near = get_close_matches(first, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(
-        f"unknown model {shown(first)}: choose from {', '.join(known)}, give a .json file, or write "
-        f"layers=..,D=..,h=..{hint}"
-    )
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    ways = f"give a .json file, write layers=..,D=..,h=.. or choose from {', '.join(known)}"
+    raise ValueError(first_reasons(f"unknown model {shown(first)}{hint}: {ways}"))
 
 
 def _from_file(path: Path, changes: str) -> ModelShape:
