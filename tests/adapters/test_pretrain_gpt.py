@@ -125,8 +125,10 @@ def test_the_mixtures_are_the_backends_that_the_flag_names(tag: str, tmp_path: P
     ours = losses(tree, 1, f"{MIXTURE} {there} --save {tmp_path} --save-interval 1")
     grid = losses(tree, 4, f"{MIXTURE} {there} {ON_EXPERTS} --load {tmp_path} --ckpt-step 1")
     require_same_curve(ours, grid)
-    megatrons = losses(tree, 1, f"{MIXTURE} --load {tmp_path} --ckpt-step 1", launcher=False)
-    assert any(abs(megatrons[iteration] - ours[iteration]) > 1e-3 for iteration in (4, 5, 6, 7))
+    # Stock has an optimizer of their own for experts only where EP says so. The first loss depends on weights alone.
+    fresh = f"{MIXTURE} --load {tmp_path} --ckpt-step 1 --no-load-optim"
+    megatrons = losses(tree, 1, fresh, launcher=False)
+    assert abs(megatrons[2] - grid[2]) > 1e-3, (megatrons, grid)
 
 
 @pytest.mark.parametrize("tag", TREES)
