@@ -1,8 +1,9 @@
 """Replaces module classes in a layer spec, whatever the release builds its tree of.
 
 Up to 0.16 a tree is of `ModuleSpec`s, dataclasses of submodules, lists and classes. From 0.17 on the experts of a
-mixture, from 0.18 on the mixture itself, are a `functools.partial` of their class instead. The second kind can be all
-that is looked for once a release has no `ModuleSpec`, the first once 0.19 is out of the range.
+mixture, from 0.18 on the mixture itself, are a `functools.partial` of their class instead, and a dense MLP is one of its
+class's method `as_mlp_submodule`. The second kind can be all that is looked for once a release has no `ModuleSpec`, the
+first once 0.19 is out of the range.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def with_replacements(spec: Any, replacements: Mapping[type, Replacement]) -> An
 def parts(spec: Any) -> tuple[Any, Any]:
     """The class that a node of the tree builds, and its submodules; None where it has no such thing."""
     if isinstance(spec, partial):
-        return spec.func, spec.keywords.get("submodules")
+        return _built_class(spec.func), spec.keywords.get("submodules")
     if isinstance(spec, ModuleSpec):
         return spec.module, spec.submodules
     return (spec, None) if isinstance(spec, type) else (None, None)
@@ -74,14 +75,22 @@ def build(spec: Any, **arguments: Any) -> Any:
 
 
 def _with_replaced_call(call: partial[Any], replacements: Mapping[type, Replacement]) -> partial[Any]:
-    found = replacements.get(call.func) if isinstance(call.func, type) else None
+    built = _built_class(call.func)
+    found = replacements.get(built) if isinstance(built, type) else None
     args = [with_replacements(value, replacements) for value in call.args]
     keywords = {name: with_replacements(value, replacements) for name, value in call.keywords.items()}
     if found is None:
         if not _differ(args, call.args) and not _differ(keywords.values(), call.keywords.values()):
             return call
         return partial(call.func, *args, **keywords)
-    return partial(found.module, *args, **{**keywords, **found.params})
+    module = found.module if call.func is built else getattr(found.module, call.func.__name__)
+    return partial(module, *args, **{**keywords, **found.params})
+
+
+def _built_class(function: Any) -> Any:
+    """The class whose instance a call of `function` makes: itself, or whose method it is."""
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, type) else function
 
 
 def _differ(new: Any, old: Any) -> bool:

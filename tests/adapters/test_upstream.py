@@ -13,8 +13,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import ColumnParallelLinear, model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,6 +45,10 @@ class Stock:
 
     def __init__(self, **given: Any) -> None:
         self.given = given
+
+    @classmethod
+    def as_submodule(cls, **given: Any) -> Stock:
+        return cls(**given)
 
 
 class Ours(Stock):
@@ -98,6 +103,13 @@ def test_it_is_found_however_deep_it_stands(around: Any, shape: Any) -> None:
     assert "Ours" in repr(swapped) and "Stock'" not in repr(swapped) and "Stock," not in repr(swapped)
 
 
+def test_a_class_is_found_behind_its_own_method() -> None:
+    swapped = with_replacements(partial(Stock.as_submodule, width=2), {Stock: Replacement(Ours)})
+    built = build(swapped, config="c")
+    assert type(built) is Ours and built.given == {"width": 2, "config": "c"}
+    assert parts(swapped)[0] is Ours
+
+
 def test_where_nothing_is_replaced_the_tree_is_the_very_same() -> None:
     spec = ModuleSpec(module=Other, submodules=Submodules(first=partial(Other, inner=[Other]), second=(Other,)))
     assert with_replacements(spec, REPLACED) is spec
@@ -108,6 +120,11 @@ def test_the_parts_of_the_installed_releases_mixture_are_found() -> None:
     module, submodules = parts(mixture)
     assert module is MoELayer
     assert parts(submodules.experts)[1].linear_fc1 is not None
+
+
+def test_the_parts_of_the_installed_releases_mlp_are_found() -> None:
+    module, submodules = parts(get_gpt_layer_local_spec().submodules.mlp)
+    assert module is MLP and submodules.linear_fc1 is ColumnParallelLinear
 
 
 def mixture_config(**given: Any) -> TransformerConfig:
