@@ -1,9 +1,9 @@
 """Replaces module classes in a layer spec, whatever the release builds its tree of.
 
 Up to 0.16 a tree is of `ModuleSpec`s, dataclasses of submodules, lists and classes. From 0.17 on the experts of a
-mixture, from 0.18 on the mixture itself, are a `functools.partial` of their class instead, and a dense MLP is one of its
-class's method `as_mlp_submodule`. The second kind can be all that is looked for once a release has no `ModuleSpec`, the
-first once 0.19 is out of the range.
+mixture, from 0.18 on the mixture itself, are a `functools.partial` of their class instead, and a dense MLP is one of
+its class's method `as_mlp_submodule`. The second kind can be all that is looked for once a release has no `ModuleSpec`,
+the first once 0.19 is out of the range.
 """
 
 from __future__ import annotations
