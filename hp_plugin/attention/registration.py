@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hp_plugin.attention.dynamic_batches import refuse_dynamic_batches
 from hp_plugin.attention.finalization import finalize_on_grid
 from hp_plugin.checkpoint.optimizer_fence import fence_optimizer_state
 from hp_plugin.checkpoint.pieces import trade_together
@@ -133,7 +134,12 @@ class _Registration:
 
     def __init__(self, groups: HeadDimGroups) -> None:
         self.groups = groups
-        self._take_away = [fence_optimizer_state(groups.grid), trade_together(), finalize_on_grid(groups)]
+        self._take_away = [
+            fence_optimizer_state(groups.grid),
+            trade_together(),
+            finalize_on_grid(groups),
+            refuse_dynamic_batches(groups),
+        ]
         self._destroy: Callable[[], None] = parallel_state.destroy_model_parallel
         self._collect = ProcessGroupCollection.__dict__["use_mpu_process_groups"]
         self._getters = {

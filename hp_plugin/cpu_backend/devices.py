@@ -64,6 +64,19 @@ def stay(original: Callable[..., Any]) -> Callable[..., Any]:
     return stayed
 
 
+def place_generator(original: type[torch.Generator]) -> type:
+    """`torch.Generator`, made on the CPU where it is told to be made on CUDA; what is one stays one."""
+
+    class OnCPU(type):
+        def __call__(cls, device: Any = "cpu") -> torch.Generator:
+            return original(device=on_cpu(device))
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, original)
+
+    return OnCPU("Generator", (), {"__doc__": original.__doc__})
+
+
 def name_type(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Tensor.type`, which says `torch.cuda.FloatTensor` of a CPU tensor and takes such names for CPU types."""
 
@@ -91,6 +104,7 @@ def ignore(original: Callable[..., Any]) -> Callable[..., None]:
 HOOKS = [
     *(Hook("torch", name, place, _NEVER, TORCH) for name in FACTORIES),
     *(Hook("torch.Tensor", name, place, _NEVER, TORCH) for name in TENSOR_FACTORIES),
+    Hook("torch", "Generator", place_generator, _NEVER, TORCH),
     Hook("torch.Tensor", "to", move, _NEVER, TORCH),
     Hook("torch.Tensor", "cuda", stay, _NEVER, TORCH),
     Hook("torch.Tensor", "pin_memory", stay, "it is a no-op where there is no device to copy to", TORCH),

@@ -18,7 +18,10 @@ from hp_plugin.cpu_backend.mixture_of_experts import uneven_gathers
 from hp_plugin.processes.refusals import refuse
 
 MEGATRON_LM = ("megatron-core", "0.16.1")
-_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+_KERNELS = (
+    "megatron.core.transformer.custom_layers.batch_invariant_kernels",
+    "megatron.core.inference.contexts.attention_context.triton.tensor_ops",
+)
 _FUSED = "megatron.legacy.fused_kernels"
 _ASKS = "Megatron-LM initializes on machines without CUDA"
 
@@ -65,24 +68,22 @@ def describe_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _import_kernels() -> None:
-    """Imports a module of Triton kernels, which Megatron-LM imports without asking, where there is no Triton.
+    """Imports modules of Triton kernels, which Megatron-LM imports without asking, where there is no Triton.
 
-    Its kernels are behind `--batch-invariant-mode`, for CUDA. 0.17.0 and later ask first.
+    Their kernels are for CUDA: behind `--batch-invariant-mode`, and of Mamba's dynamic batches. 0.17.0 and later ask
+    first.
     """
     if find_spec("triton") is not None:
         return
-    import_module(_KERNELS.rpartition(".")[0])  # the packages around it, which must not see a Triton
-    stand_ins = {name: mock.MagicMock(name=name) for name in ("triton", "triton.language")}
-    sys.modules.update(stand_ins)
-    try:
-        import_module(_KERNELS)
-    except ModuleNotFoundError as missing:
-        if missing.name != _KERNELS:  # 0.15 has no such module
-            raise
-    finally:
-        # Nothing else may take Triton for installed.
-        for name in stand_ins:
-            del sys.modules[name]
+    for kernels in filter(_is_there, _KERNELS):  # which imports the packages around it: they must not see a Triton
+        stand_ins = {name: mock.MagicMock(name=name) for name in ("triton", "triton.language")}
+        sys.modules.update(stand_ins)
+        try:
+            import_module(kernels)
+        finally:
+            # Nothing else may take Triton for installed.
+            for name in stand_ins:
+                del sys.modules[name]
 
 
 def _is_there(module: str) -> bool:
@@ -122,8 +123,13 @@ UNEVEN_GATHERS = Hook(
     "gloo gathers unequal numbers of elements",
     MEGATRON_LM,
 )
+# Scripts take it from its own module; pretraining has it by name already.
+_INITIALIZE = ("megatron.training.initialize", "megatron.training.training")
 HOOKS = [
-    Hook("megatron.training.training", "initialize_megatron", allow_no_cuda, _ASKS, MEGATRON_LM, ("allow_no_cuda",)),
+    *(
+        Hook(owner, "initialize_megatron", allow_no_cuda, _ASKS, MEGATRON_LM, ("allow_no_cuda",))
+        for owner in _INITIALIZE
+    ),
     Hook("megatron.training.initialize", "_initialize_distributed", count_one_device, _ASKS, MEGATRON_LM),
     Hook("megatron.training.initialize", "_set_random_seed", count_one_device, _ASKS, MEGATRON_LM),
     Hook(_FUSED, "load", ignore, "Megatron-LM compiles no CUDA kernels of its own (0.17.0)", MEGATRON_LM, ("args",)),

@@ -1,4 +1,4 @@
-"""Spares Megatron-Core the names of packages that exist for CUDA only (Transformer Engine)."""
+"""Spares Megatron-Core the names of packages that exist for CUDA only (Transformer Engine, FlashAttention)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,29 @@ def recompute_without_fp8(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def refuse_pages(original: Callable[..., None]) -> Callable[..., None]:
+    """`DynamicInferenceContext.__init__`, which reserves gigabytes for what attention then has no kernel for.
+
+    Megatron-Core's `StaticInferenceEngine` goes on with static batches by itself where it raises.
+    """
+
+    @wraps(original)
+    def init(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "dynamic batching attends by kernels of FlashAttention, which are for GPUs: use static batches"
+        )
+
+    return init
+
+
 HOOKS = [
+    Hook(
+        "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext",
+        "__init__",
+        refuse_pages,
+        until="it asks for FlashAttention before it reserves memory",
+        made_for=MEGATRON,
+    ),
     Hook(
         f"{_RANDOM}.CheckpointWithoutOutput",
         "__init__",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,21 +64,30 @@ def release_tree(tag: str, folder: Path) -> Path:
     return folder
 
 
-def run(tree: Path, ranks: int, flags: str, launcher: bool = True) -> tuple[int, str]:
-    """Exit status and output of pretrain_gpt.py, through the plugin's launcher or as if the machine had GPUs."""
+def run(
+    tree: Path,
+    ranks: int,
+    flags: str,
+    launcher: bool = True,
+    script: str = "pretrain_gpt.py",
+    common: str = COMMON,
+) -> tuple[int, str]:
+    """Exit status and output of a script of the tree, through the plugin's launcher or as if the machine had GPUs."""
     driver = tree / "on_cpu.py"
     driver.write_text(ON_CPU)
+    # Scripts further down import from the root of the tree.
+    path = f"{ROOT}:{tree}" if "/" in script else str(ROOT)
     start = ["-m", "hp_plugin.launch"] if launcher else [str(driver)]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
             *start,
-            str(tree / "pretrain_gpt.py"),
-            *COMMON.split(),
-            *flags.split(),
+            str(tree / script),
+            *shlex.split(common),
+            *shlex.split(flags),
         ],
         cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
