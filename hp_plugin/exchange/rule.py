@@ -167,9 +167,8 @@ def cache_block(tokens: int, n: int) -> int:
 
 
 def cached_by_tokens(shape: AttentionShape) -> Cached:
-    """What a rank has of a cache where whole heads of every n-th block of tokens are one rank's."""
-    turns, rest = divmod(shape.cache, CACHE_BLOCK * shape.n)
-    return Cached(shape.b, turns * CACHE_BLOCK + min(rest, CACHE_BLOCK), shape.d)
+    """What a rank has of a cache where whole heads of every n-th block of tokens are one rank's (`cache_block`)."""
+    return Cached(shape.b, -(-shape.cache // shape.n), shape.d)
 
 
 class ExchangeRule:
