@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.planner.counts.feasibility import shape_refusals
@@ -63,18 +64,19 @@ def _changes(model: ModelShape, layout: Layout, workload: Workload) -> Iterator[
     if layout.dp % 2:
         return
     half = layout.dp // 2
+    halved = {"dp": half, "gtp": gcd(layout.gtp, half)}
     if model.experts and layout.ep * 2 <= model.experts:
         yield f"--expert-model-parallel-size {layout.ep * 2}", replace(layout, ep=layout.ep * 2)
     yield (
         f"--pipeline-model-parallel-size {layout.pp * 2}",
-        replace(layout, pp=layout.pp * 2, vpp=1, dp=half),
+        replace(layout, pp=layout.pp * 2, vpp=1, **halved),
     )
     yield (
         f"--context-parallel-size {layout.cp * 2}",
-        replace(layout, cp=layout.cp * 2, dp=half),
+        replace(layout, cp=layout.cp * 2, **halved),
     )
     if layout.grid is None:
-        yield f"--tensor-model-parallel-size {layout.tp * 2}", replace(layout, tp=layout.tp * 2, dp=half)
+        yield f"--tensor-model-parallel-size {layout.tp * 2}", replace(layout, tp=layout.tp * 2, **halved)
     else:
         wider = HeadDimConfig(layout.m, layout.n * 2, layout.grid.exchange)
-        yield f"--head-dim-parallel {wider.m},{wider.n}", replace(layout, grid=wider, tp=wider.size, dp=half)
+        yield f"--head-dim-parallel {wider.m},{wider.n}", replace(layout, grid=wider, tp=wider.size, **halved)
