@@ -60,12 +60,14 @@ class RefusedError(ValueError):
     """A request that was refused: its message is for people, `refusals` for programs.
 
     Args:
-        refusals: all reasons, which the message joins.
+        refusals: all reasons, which the message joins; or a message, of which Megatron-Core's `build_module` makes
+            another error of the same class.
         before, after: what the message begins and ends with: what was asked for, and a way out.
     """
 
-    def __init__(self, refusals: Iterable[Refusal], before: str = "", after: str = "") -> None:
-        self.refusals, self._around = tuple(refusals), (before, after)
+    def __init__(self, refusals: Iterable[Refusal] | str, before: str = "", after: str = "") -> None:
+        reasons = [Refusal("unknown", refusals)] if isinstance(refusals, str) else refusals
+        self.refusals, self._around = tuple(reasons), (before, after)
         super().__init__(before + "; ".join(refusal.text for refusal in self.refusals) + after)
 
     def __reduce__(self) -> tuple[type, tuple[tuple[Refusal, ...], str, str]]:
