@@ -291,14 +291,16 @@ def test_a_rank_that_dies_leaves_a_partial_report(tmp_path: Path) -> None:
     assert not [child for child in ranks if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_an_interrupted_comparison_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_or_killed_comparison_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, *QUICK[:-1], "1000", "--layouts", "tp=2", "grid=2x1")
     try:
         wait_for(process, "round 1 of 1000")
         ranks = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-        assert process.returncode == 130
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        assert "Traceback" not in err
         deadline = time.monotonic() + 60
         while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks):
             assert time.monotonic() < deadline, ranks

@@ -58,6 +58,7 @@ class Run:
 
     def environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": self.mark, "TMPDIR": str(self.tmp)}
+        own |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # Megatron-LM asks for it
         return os.environ | own
 
     def members(self) -> list[psutil.Process]:

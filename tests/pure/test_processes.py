@@ -48,7 +48,13 @@ class Family:
             "import multiprocessing, os, signal, subprocess, sys, threading, time\n"
             f"if __name__ == '__main__':\n{body}\n    print('ready', flush=True)\n    time.sleep(300)\n"
         )
-        own = {"PYTHONPATH": str(ROOT), "MARK": self.mark, "TMPDIR": str(self.folder / "tmp")}
+        # Python 3.12 warns of every fork beside threads, of which ranks have many anyway.
+        own = {
+            "PYTHONPATH": str(ROOT),
+            "MARK": self.mark,
+            "TMPDIR": str(self.folder / "tmp"),
+            "PYTHONWARNINGS": "ignore",
+        }
         with self.said.open("wb") as out:
             process = subprocess.Popen(
                 [sys.executable, str(script)],
