@@ -175,9 +175,9 @@ def test_a_token_behind_a_cache_has_no_share_of_its_own() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 1000, 1023, 1025])
 def test_blocks_of_tokens_go_round_and_the_first_rank_has_most(tokens: int) -> None:
-    held = [sum(token // 16 % 4 == rank for token in range(tokens)) for rank in range(4)]
+    held = [Blocks(4, j, cache_block(tokens, 4)).rows(tokens) for j in range(4)]
     part = RULES["sequence"].cached(replace(DECODING, cache=tokens))
-    assert part is not None and part.tokens == held[0] == max(held)
+    assert part is not None and part.tokens == held[0] == max(held) and sum(held) == tokens
 
 
 def test_a_decoded_token_goes_to_all_parts_of_the_cache_and_their_outputs_come_back() -> None:

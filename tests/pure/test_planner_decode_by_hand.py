@@ -63,10 +63,10 @@ def test_what_is_cached_is_read_once_per_token(layout: str) -> None:
     assert memory_needed(mine).cache == mine.micro_batches * 2 * CACHES[layout]
 
 
-def test_the_rank_with_the_first_blocks_has_most() -> None:
-    """40 tokens in blocks of 16: the first of two ranks has 16 + 8, which must fit; a server's ranks 20."""
-    for layout, tokens in (("grid=2x2,exchange=sequence", 24), ("tp=4,dcp=2", 20), ("tp=4", 40)):
-        assert listed(exchanged(share(layout, cached=40)).core) == [("kv cache", 2 * 2 * 1 * tokens * 4 * 2)]
+def test_the_rank_with_one_token_more_has_to_hold_it() -> None:
+    """41 tokens of each sequence: the first of two ranks has 21."""
+    for layout, tokens in (("grid=2x2,exchange=sequence", 21), ("tp=4,dcp=2", 21), ("tp=4", 41)):
+        assert listed(exchanged(share(layout, cached=41)).core) == [("kv cache", 2 * 2 * 1 * tokens * 4 * 2)]
 
 
 def test_a_window_is_all_that_is_read_of_a_cache() -> None:

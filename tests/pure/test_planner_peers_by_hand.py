@@ -24,6 +24,7 @@ from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.machine.placement import Placement, placements
 from hp_plugin.planner.search.candidates import Search, candidate_layouts
 from hp_plugin.planner.search.launch_flags import megatron_flags
+from hp_plugin.planner.search.relief import reliefs
 from hp_plugin.planner.seconds.step import predict
 from tests.programs import listed
 
@@ -123,3 +124,12 @@ def test_a_search_has_them_when_asked_and_says_their_flags() -> None:
         assert said in " ".join(megatron_flags(found)) and found.step > 0
     with pytest.raises(ValueError, match="gtp=3 does not divide dp=4"):
         Layout.parse("dp=4,gtp=3")
+
+
+def test_half_of_the_replicas_share_weights_as_far_as_they_can() -> None:
+    """Changes that take half of the data-parallel ranks for something else keep a layout that exists."""
+    hardware = load_hardware("h100-ib")
+    model = ModelShape("small", 4, 512, 8, 4, 64, 2048, 1000)
+    found = predict(model, Layout.parse("dp=4,gtp=4,mbs=2"), Workload("train", 2048, 16), hardware)
+    changes = [relief.flags for relief in reliefs(found, hardware, 9)]
+    assert "--pipeline-model-parallel-size 2" in changes and "--tensor-model-parallel-size 2" in changes

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hp_plugin.planner.counts.feasibility import shape_refusals
+from hp_plugin.planner.counts.gathering import to_share, to_stock
 from hp_plugin.planner.counts.memory import memory_needed
-from hp_plugin.planner.counts.program import Block, Collective, Gemm
+from hp_plugin.planner.counts.program import Block, Collective, Gemm, collectives
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
@@ -91,3 +92,17 @@ def test_what_cannot_be_is_refused(layout: str, mode: str, said: str) -> None:
     narrow = ModelShape("narrow", 4, 256, 8, 4, 64, 512)
     refusals = shape_refusals(share(layout, narrow, Workload(mode, 64, 32)))
     assert refusals and said in " ".join(refusal.text for refusal in refusals)
+
+
+@pytest.mark.parametrize(("order", "axis", "sent"), [("dim-innermost", "dim", 32), ("head-innermost", "tp", 48)])
+def test_tokens_go_further_to_their_ranks_where_neighbours_split_heads(order: str, axis: str, sent: int) -> None:
+    """2 × 2 ranks have a fourth of 8 positions of 2 samples, 64 bytes; of it a half leaves, or three fourths.
+
+    Head-innermost, ranks 1 and 2 have positions of the other head group's part alone, and 0 and 3 half of their own.
+    """
+    model = ModelShape("tiny", 2, 8, 4, 2, 4, 24)
+    mine = Share(model, Layout.parse(f"grid=2x2,exchange=weights,order={order},mbs=2,sp"), Workload("train", 8, 8))
+    for way in (to_share(mine), to_stock(mine)):
+        for program in (way.forward, way.backward):
+            (trade,) = collectives(program)
+            assert (trade.kind, trade.axis, trade.received(2 if axis == "dim" else 4)) == ("all_to_all", axis, sent)
