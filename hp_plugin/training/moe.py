@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -59,6 +60,7 @@ def moe_complaints(config: TrainingConfig) -> Iterator[str]:
             f"--num-experts {experts} do not divide over --expert-model-parallel-size "
             f"{config.expert_model_parallel_size}"
         )
+    yield from _empty_optimizer(config)
     if config.moe_backend == "deepspeed":
         if find_spec("deepspeed") is None:
             yield "--moe-backend deepspeed needs DeepSpeed, which is not installed: pip install 'hp-plugin[deepspeed]'"
@@ -77,6 +79,30 @@ def moe_complaints(config: TrainingConfig) -> Iterator[str]:
         yield (
             f"Megatron's MoE on {config.tensor_parallel} tensor-parallel ranks needs --sequence-parallel; "
             "--moe-backend deepspeed does not"
+        )
+
+
+def _empty_optimizer(config: TrainingConfig) -> Iterator[str]:
+    """Where the experts' own optimizer has no parameter on a stage, of which upstream saves and loads no state.
+
+    Source: `DistributedOptimizer.state_dict`, which asserts that all parameters, of which there are none, are equally
+    old. Transformer Engine's and Apex' Adam keep their age by group.
+    """
+    checkpoints = config.save is not None or config.load is not None
+    if HAVE_APEX_OR_TE or not config.use_distributed_optimizer or not checkpoints:
+        return
+    spread, slices = expert_sizes(config).values()
+    if config.moe_backend == "megatron" and spread == 1 and slices == config.tensor_parallel:
+        return
+    stages = config.pipeline_model_parallel_size
+    per_chunk = config.num_layers_per_virtual_pipeline_stage or config.num_layers // stages
+    with_experts = {layer // per_chunk % stages for layer in range(0, config.num_layers, config.moe_layer_freq)}
+    without = sorted(set(range(stages)) - with_experts)
+    if without:
+        yield (
+            f"--moe-layer-freq {config.moe_layer_freq} leaves pipeline stage {without[0]} without experts, whose empty "
+            "distributed optimizer Megatron-Core cannot save with torch's Adam: give every stage a mixture, or leave "
+            "--use-distributed-optimizer out, or --save and --load"
         )
 
 

@@ -30,6 +30,12 @@ SMALL = shlex.split(
 
 
 MIXTURE = {"num_experts": 4, "disable_bias_linear": True}
+EMPTY_STAGE = {
+    "pipeline_model_parallel_size": 2,
+    "moe_layer_freq": 4,
+    "moe_backend": "deepspeed",
+    "use_distributed_optimizer": True,
+}
 
 
 def config(**changes: object) -> TrainingConfig:
@@ -162,6 +168,12 @@ def test_help_lists_every_flag_once():
         assert len(re.findall(rf"^  --{flag}\b(?!-)", text, re.MULTILINE)) == 1, field.name
 
 
+def test_a_stage_without_experts_matters_where_their_distributed_optimizer_is_saved():
+    check_config(config(**MIXTURE, **EMPTY_STAGE), 2)
+    check_config(config(**MIXTURE, **EMPTY_STAGE | {"moe_layer_freq": 2, "save": "x"}), 2)
+    check_config(config(**MIXTURE, **EMPTY_STAGE | {"use_distributed_optimizer": False, "save": "x"}), 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
@@ -209,6 +221,8 @@ def test_help_lists_every_flag_once():
         ({"hidden_size": 65}, 1, "--hidden-size 65 is not a multiple of --num-attention-heads 4"),
         (MIXTURE | {"moe_router_topk": 5}, 1, "--moe-router-topk 5 must be at most --num-experts 4"),
         (MIXTURE | {"expert_model_parallel_size": 3}, 3, "--num-experts 4 do not divide over"),
+        (MIXTURE | EMPTY_STAGE | {"save": "x"}, 2, "freq 4 leaves pipeline stage 1 without experts"),
+        (MIXTURE | EMPTY_STAGE | {"load": "x"}, 2, "leave --use-distributed-optimizer out, or --save and --load"),
         (MIXTURE | {"disable_bias_linear": False}, 1, "local experts with biases run only where they are spread"),
         (MIXTURE | {"tensor_model_parallel_size": 2}, 2, "Megatron's MoE on 2 tensor-parallel ranks needs"),
         ({"num_query_groups": 3}, 1, "--num-attention-heads 4 is not a multiple of --num-query-groups 3"),
