@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from hp_plugin.training.config import BYTE_VOCABULARY, TrainingConfig
 from hp_plugin.training.corpus import build_corpus
+from hp_plugin.training.indexed_files import beyond
 
 Batches = Iterator[dict[str, torch.Tensor]] | list[Iterator[dict[str, torch.Tensor]]]
 """What Megatron's schedules take: one iterator, or one for every model chunk of the interleaved schedule."""
+
+
+class TokenError(ValueError):
+    """A sample has a token that the model has no embedding for; the message names it and its data set."""
 
 
 @dataclass(frozen=True)
@@ -136,29 +141,52 @@ def batches(
     pipeline-parallel ranks read the same ones. Tensors are [b, s] (`attention_mask`: [b, 1, s, s]).
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    b = config.micro_batch_size
+    b, vocabulary = config.micro_batch_size, BYTE_VOCABULARY if config.vocab_size is None else config.vocab_size
     starts = range(done * batch_size + rank * b, iterations * batch_size, b * ranks)
 
     def read() -> Iterator[dict[str, torch.Tensor]]:
         plan = (range(start, start + b) for start in starts)
         # A generator of its own: a loader draws a number when it starts, which dropout's generator must not notice.
-        return iter(DataLoader(dataset, batch_sampler=plan, generator=torch.Generator()))  # type: ignore[arg-type]
+        loader = DataLoader(dataset, batch_sampler=plan, generator=torch.Generator())  # type: ignore[arg-type]
+        return iter(loader) if config.data_path is None else _within(loader, config.data_path, vocabulary)
 
     return [read() for _ in range(config.virtual_pipeline)] if config.virtual_pipeline else read()
 
 
+def _within(
+    loader: Iterable[dict[str, torch.Tensor]], data_path: Sequence[str], vocabulary: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in loader:
+        largest = max(int(batch["tokens"].max()), int(batch["labels"].max()))
+        if largest > vocabulary:  # an embedding would end in a device-side assertion
+            raise TokenError(beyond(" ".join(data_path), largest, vocabulary))
+        yield batch
+
+
 def empty_split(config: TrainingConfig) -> str | None:
-    """Says which split this run reads but --split leaves without a document, or None; Megatron would search forever."""
+    """Says which split this run reads but --split leaves without a whole sample, or None.
+
+    Megatron-Core would search forever for a document, and fails to order samples of which it has less than one.
+    """
     if config.data_path is None:
         return None
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.split))
     names = ("train", "validation", "test")[: 1 if config.eval_interval is None else 3]
     for prefix in parse_blend(config.data_path)[0]:
-        documents = len(IndexedDataset(prefix))
+        dataset = IndexedDataset(prefix)
+        documents = len(dataset)
         for name, share in zip(names, matrix, strict=False):
-            # Megatron's own rounding of the shares.
-            if share is not None and round(share[0] * documents) == round(share[1] * documents):
+            if share is None:
+                continue
+            first, last = (round(bound * documents) for bound in share)  # Megatron's own rounding
+            if first == last:
                 return f"--split {config.split} leaves no {name} document among the {documents} of {prefix}"
+            tokens = int(dataset.sequence_lengths[first:last].sum(dtype="int64"))
+            if tokens <= config.seq_length:
+                return (
+                    f"--split {config.split} leaves {tokens} {name} tokens of {prefix}, and one sample of --seq-length "
+                    f"{config.seq_length} takes {config.seq_length + 1}: give a shorter --seq-length or more data"
+                )
     return None
 
 
