@@ -28,10 +28,11 @@ from hp_plugin.processes.interrupts import noted_signals, say_on_interrupt
 from hp_plugin.processes.refusals import refuse
 from hp_plugin.training.agreement import DisagreementError, stop_is_asked_for
 from hp_plugin.training.arguments import parse_arguments
+from hp_plugin.training.checkpoints.failures import NotSavedError
 from hp_plugin.training.checkpoints.saving import Checkpoints
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
-from hp_plugin.training.data import batches, build_datasets
+from hp_plugin.training.data import TokenError, batches, build_datasets
 from hp_plugin.training.distributed import find_world_size, prepare_device, running_ranks
 from hp_plugin.training.log import TrainingLog, print_rank_0
 from hp_plugin.training.step import build_trainer, evaluate, train_step
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(str(mistake))
     try:
         pretrain(config, transformer_config)
-    except (DisagreementError, WrongModelError) as mistake:
+    except (DisagreementError, NotSavedError, TokenError, WrongModelError) as mistake:
         refuse(str(mistake))
 
 

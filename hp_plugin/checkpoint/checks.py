@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.package_info import __version__ as MEGATRON_CORE
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hp_plugin.checkpoint.pieces import only_described
-from hp_plugin.upstream.checkpoint_format import COMMON_FILE, common_state_is_sharded, reads_sharded_common_state
+from hp_plugin.checkpoint.reading import (
+    BACKEND,
+    DamagedFileError,
+    read_backend,
+    read_index,
+    read_torch_file,
+    readable,
+    trusting,
+)
+from hp_plugin.upstream.checkpoint_format import (
+    COMMON_FILE,
+    common_state_is_sharded,
+    is_common_state,
+    reads_sharded_common_state,
+)
 
 SHOWN = 3
+_BACKEND = "torch_dist"
 _NO_WEIGHTS = ("optimizer.", "chained_")
 """How Megatron-Core's keys of optimizer state begin."""
 
@@ -28,43 +45,60 @@ class WrongModelError(ValueError):
     """The checkpoint is of another model; raised on all ranks alike."""
 
 
-def check_files(folder: str | Path) -> None:
-    """Refuses a checkpoint folder with a missing or truncated file; reads the index, no shard.
+def check_files(folder: str | Path, trusted: bool = False) -> None:
+    """Refuses a checkpoint folder with a missing or damaged file; reads the index and the common state, no shard.
+
+    Args:
+        trusted: whether reading it may run what its writer has put there.
 
     Raises:
-        ValueError: names the files, or says that this Megatron-Core is too old for the format.
+        DamagedFileError: names the file, or the first of them.
+        ValueError: this Megatron-Core is too old for the format.
     """
     folder = Path(folder)
-    for name in ("metadata.json", ".metadata"):
-        _require(folder, name)
-    if not common_state_is_sharded(_metadata(folder)):
-        _require(folder, COMMON_FILE)
+    backend = read_backend(folder)["sharded_backend"]
+    if backend != _BACKEND:
+        raise DamagedFileError(folder / BACKEND, f"names the format {backend!r}, not {_BACKEND}", "convert it first")
+    index = read_index(folder, trusted)
+    if not common_state_is_sharded(index):
+        read_torch_file(folder / COMMON_FILE, trusted)
     elif not reads_sharded_common_state():
         raise ValueError(
             f"checkpoint {folder} keeps its common state among the shards, as Megatron-Core 0.19 and newer write it, "
             f"and this is {MEGATRON_CORE}, which looks for {COMMON_FILE}: load it with 0.19 or newer"
         )
     ends: dict[str, int] = {}
-    for piece in (_metadata(folder).storage_data or {}).values():
+    for piece in index.storage_data.values():
         ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
-    complaints = []
     for name, end in sorted(ends.items()):
-        path = folder / name
-        if not path.is_file():
-            complaints.append(f"{path} is missing")
-        elif path.stat().st_size < end:
-            complaints.append(f"{path} is truncated: {path.stat().st_size} bytes, where its pieces end at {end}")
-    if complaints:
-        more = f" (and {len(complaints) - SHOWN} more)" if len(complaints) > SHOWN else ""
-        raise ValueError("; ".join(complaints[:SHOWN]) + more + ": restore it, or load another iteration")
+        with readable(folder / name) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size < end:
+            raise DamagedFileError(folder / name, f"is truncated ({size} bytes, where its pieces end at {end})")
 
 
-def _require(folder: Path, name: str) -> None:
-    if not (folder / name).is_file():
-        raise ValueError(f"checkpoint {folder} has no file {name}: it is incomplete, load another iteration")
+def read_common_state(folder: str | Path, trusted: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors, after `check_files`.
+
+    Raises:
+        DamagedFileError: it is garbled, or without what a checkpoint has.
+    """
+    index = read_index(folder, trusted)
+    if not common_state_is_sharded(index):
+        path = Path(folder) / COMMON_FILE
+        state = read_torch_file(path, trusted)
+    else:
+        path = Path(folder) / next(
+            place.relative_path for piece, place in index.storage_data.items() if is_common_state(piece.fqn)
+        )
+        with readable(path), trusting(trusted):
+            state = dist_checkpointing.load_common_state_dict(str(folder))
+    if not isinstance(state.get("args", Namespace()), Namespace):
+        raise DamagedFileError(path, "holds no arguments under the name args")
+    return state
 
 
-def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path) -> None:
+def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path, trusted: bool = False) -> None:
     """Refuses a checkpoint of another model, on all ranks together; a collective call over the default group.
 
     Args:
@@ -73,7 +107,7 @@ def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path) -> Non
     Raises:
         WrongModelError: names the first tensors that are not there, are left over or have another global shape.
     """
-    stored = _metadata(Path(folder)).state_dict_metadata
+    stored = read_index(folder, trusted).state_dict_metadata
     complaints = []
     for tensor in _expected(sharded_state_dict):
         size = getattr(stored.get(tensor.key), "size", None)
@@ -159,10 +193,6 @@ def _left_over(sharded_state_dict: dict[str, Any], stored: Mapping[str, Any]) ->
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _metadata(folder: Path) -> Metadata:
-    return FileSystemReader(folder).read_metadata()
 
 
 def _expected(sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from hp_plugin.checkpoint.checks import refuse_together
 
@@ -23,7 +23,9 @@ _WHERE = {
 _SIZES = ("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
-def check_expert_optimizer(sharded_state_dict: Mapping[str, Any], folder: str | Path) -> None:
+def check_expert_optimizer(
+    sharded_state_dict: Mapping[str, Any], stored: Mapping[str, Any], folder: str | Path
+) -> None:
     """Refuses optimizer state in another number of optimizers than this run has; a collective call.
 
     Megatron-Core gives experts an optimizer of their own where other ranks hold them than hold the dense weights, and
@@ -33,11 +35,11 @@ def check_expert_optimizer(sharded_state_dict: Mapping[str, Any], folder: str | 
     Args:
         sharded_state_dict: what is to be loaded, as `dist_checkpointing.load` takes it; nothing is refused without
             optimizer state in it, nor of a checkpoint whose arguments name no experts.
+        stored: the checkpoint's common state.
 
     Raises:
         WrongModelError: names both sides, the layouts that load it and the way to load the weights alone.
     """
-    stored = dist_checkpointing.load_common_state_dict(str(folder))
     own, theirs, saved = sharded_state_dict.get("optimizer"), stored.get("optimizer"), stored.get("args")
     if own is None or theirs is None or getattr(saved, "num_experts", None) is None:  # the same on all ranks
         return

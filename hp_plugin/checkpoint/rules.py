@@ -9,6 +9,7 @@ from hp_plugin.exchange.rules import AUTO
 from hp_plugin.grid.ranks import DIM_INNERMOST, Grid
 
 OVERRIDE_FLAG = "--head-dim-allow-other-function"
+TRUST_FLAG = "--trust-checkpoint"
 
 
 def record_head_dim(arguments: Any, head_dim: HeadDimConfig | None) -> None:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import nn
 
-from hp_plugin.checkpoint.checks import check_tensors
+from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.contents import check_contents
 
 _KEY = "model"
 
@@ -46,8 +47,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         model: a Megatron-Core model on the grid of this run.
 
     Raises:
-        ValueError: there is no distributed checkpoint, it is of another model, or DeepSpeed has the model already and
-            keeps copies of its own.
+        ValueError: there is no distributed checkpoint, it is damaged, would run code or is of another model, or
+            DeepSpeed has the model already and keeps copies of its own.
     """
     path = Path(folder)
     if isinstance(model, deepspeed.DeepSpeedEngine) or any(hasattr(p, "ds_id") for p in model.parameters()):
@@ -57,6 +58,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         )
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise ValueError(f"{path} holds no Megatron distributed checkpoint, as save_weights writes it")
+    check_files(path)
+    check_contents(path)
     state = {_KEY: model.sharded_state_dict()}
     check_tensors(state, path)
     loaded = dist_checkpointing.load(state, str(path))

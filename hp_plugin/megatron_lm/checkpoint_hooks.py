@@ -14,7 +14,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.contents import check_contents
 from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
+from hp_plugin.checkpoint.reading import trusting
 from hp_plugin.checkpoint.rules import check_same_function, check_same_layout, recorded_head_dim
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.megatron_lm.releases import check_parameters
@@ -31,6 +33,8 @@ class CheckpointHooks:
         self._read: Callable[..., Any] = checkpointing._load_base_checkpoint
         self._load: Callable[..., Any] = dist_checkpointing.load
         self._load_common: Callable[..., Any] = dist_checkpointing.load_common_state_dict
+        self._trusted = False
+        self._common: tuple[str, Any] = ("", None)
 
     def check(self) -> None:
         """Raises RuntimeError if the functions to replace are not as known."""
@@ -52,6 +56,7 @@ class CheckpointHooks:
         Raises:
             ValueError: see `check_same_function`; for the format `torch`, also `check_same_layout`.
         """
+        self._trusted = getattr(args, "trust_checkpoint", False)
         result = self._read(load_dir, args, *rest, **kwargs)
         state, kind, head_dim = result[0], result[3], self._head_dim()
         # Read for its arguments alone (--use-checkpoint-args), the checkpoint comes before the grid is known.
@@ -66,24 +71,32 @@ class CheckpointHooks:
         """`dist_checkpointing.load_common_state_dict`, which Megatron-LM calls first, of a checkpoint that is complete.
 
         Raises:
-            ValueError: names missing or truncated files, or says that this release is too old for the format.
+            ValueError: names missing and damaged files and those whose reading would run code, or says that this
+                release is too old for the format.
         """
         if self._head_dim() is not None:
-            check_files(checkpoint_dir)
-        return self._load_common(checkpoint_dir, *rest, **kwargs)
+            check_files(checkpoint_dir, self._trusted)
+        with trusting(self._trusted):
+            state = self._load_common(checkpoint_dir, *rest, **kwargs)
+        self._common = (str(checkpoint_dir), state)
+        return state
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """`dist_checkpointing.load` of a checkpoint that is complete and of this model.
 
         Raises:
-            ValueError: names missing or truncated files, the first tensors that differ, or where the optimizer state
-                of experts loads.
+            ValueError: names missing and damaged files, the first tensors that differ, or where the optimizer state of
+                experts loads.
         """
         call = inspect.signature(self._load).bind(*args, **kwargs)
         call.apply_defaults()
         if self._head_dim() is not None:
-            check_files(call.arguments["checkpoint_dir"])
+            state, folder = call.arguments["sharded_state_dict"], str(call.arguments["checkpoint_dir"])
+            check_files(folder, self._trusted)
+            check_contents(folder, self._trusted)
             if StrictHandling(call.arguments["strict"]) in _STRICT:
-                check_tensors(call.arguments["sharded_state_dict"], call.arguments["checkpoint_dir"])
-            check_expert_optimizer(call.arguments["sharded_state_dict"], call.arguments["checkpoint_dir"])
-        return self._load(*args, **kwargs)
+                check_tensors(state, folder, self._trusted)
+            before, common = self._common
+            check_expert_optimizer(state, common if before == folder else self.load_common(folder), folder)
+        with trusting(self._trusted):
+            return self._load(*args, **kwargs)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hp_plugin.attention.transformer_config import attention_shape, unsupported
-from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, record_head_dim
+from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, TRUST_FLAG, record_head_dim
 from hp_plugin.config import WIDEST, HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="Load a checkpoint that was trained with the exchange 'local' on other slices, or with an exact exchange, "
         "although its weights then compute another function.",
+    )
+    group.add_argument(
+        TRUST_FLAG,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="On a grid: load a distributed checkpoint although reading its files runs what they name, from a folder "
+        "whose writer you trust.",
     )
     return parser
 

@@ -11,9 +11,11 @@ import torch
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.refusal import shown
 from hp_plugin.training.checkpoints.saving import check_load
-from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.config import BYTE_VOCABULARY, TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
+from hp_plugin.training.indexed_files import data_complaint
 from hp_plugin.training.moe import moe_complaints
+from hp_plugin.training.writable import unwritable_file, unwritable_folder
 
 
 def check_config(config: TrainingConfig, world_size: int) -> None:
@@ -139,10 +141,14 @@ def _data_and_reports(config: TrainingConfig) -> Iterator[str]:
     if config.data_path is not None:
         if config.mock_data:
             yield "give --data-path or --mock-data, not both"
+        vocabulary = BYTE_VOCABULARY if config.vocab_size is None else config.vocab_size
         for prefix in parse_blend(config.data_path)[0]:
             for ending in (".bin", ".idx"):
                 if not Path(prefix + ending).is_file():
                     yield f"--data-path {prefix}: there is no file {prefix}{ending}"
+            damage = data_complaint(prefix, vocabulary)
+            if damage is not None:
+                yield damage
     elif config.vocab_size is not None and config.vocab_size < 256 and not config.mock_data:
         yield f"--vocab-size {config.vocab_size} is too small for the byte tokens of the default data: leave it out"
     shares = config.split.split(",")
@@ -157,6 +163,13 @@ def _data_and_reports(config: TrainingConfig) -> Iterator[str]:
         yield f"{empty}: change --split, or leave --eval-interval out"
     if config.tensorboard_dir is not None and find_spec("tensorboard") is None:
         yield "--tensorboard-dir needs the package tensorboard, which is not installed"
+    for flag, path, complaint in (
+        ("--loss-file", config.loss_file, unwritable_file),
+        ("--tensorboard-dir", config.tensorboard_dir, unwritable_folder),
+    ):
+        unusable = None if path is None else complaint(path)
+        if unusable is not None:
+            yield f"{flag} {unusable}"
     if config.distributed_backend == "nccl" and not torch.cuda.is_available():
         yield "--distributed-backend nccl needs CUDA, which this machine does not have: leave it out or give gloo"
 
@@ -169,8 +182,12 @@ def _checkpoints(config: TrainingConfig) -> Iterator[str]:
             yield "--async-save needs --save, the directory to save to"
         if config.exit_signal_handler:
             yield "--exit-signal-handler needs --save, the directory to save to"
-    elif Path(config.save).exists() and not Path(config.save).is_dir():
-        yield f"--save {config.save} is a file: name a directory"
+    else:
+        unusable = unwritable_folder(config.save)
+        if unusable is not None:
+            yield f"--save {unusable}"
+    if config.load is not None and not config.load.strip():
+        yield f"--load {config.load!r} is empty: name the directory that --save named, or leave the flag out"
     if config.load is not None and Path(config.load).exists() and not Path(config.load).is_dir():
         yield f"--load {config.load} is a file: name the directory that --save named"
     if config.finetune and config.load is None:

@@ -227,6 +227,9 @@ class CheckpointOptions:
         "torch_dist", "torch_dist loads on any layout, torch on its own", choices=("torch_dist", "torch")
     )
     finetune: bool = option(False, "load weights alone and start at iteration 0")
+    trust_checkpoint: bool = option(
+        False, "let reading the checkpoint of --load run what its files name, for folders whose writer you trust"
+    )
     head_dim_allow_other_function: bool = option(
         False, "load a checkpoint of --head-dim-exchange local where its weights mean another attention"
     )

@@ -24,7 +24,12 @@ def own_queue() -> dict[str, Any]:
 
 def common_state_is_sharded(index: Metadata) -> bool:
     """Whether a checkpoint keeps its common state among the shards."""
-    return any(key.partition("/")[0] == COMMON_KEY for key in index.state_dict_metadata)
+    return any(map(is_common_state, index.state_dict_metadata))
+
+
+def is_common_state(key: str) -> bool:
+    """Whether an index has the common state under this key."""
+    return key.partition("/")[0] == COMMON_KEY
 
 
 def reads_sharded_common_state() -> bool:

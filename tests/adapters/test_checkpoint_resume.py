@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
+import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from hp_plugin.checkpoint.checks import WrongModelError
+from hp_plugin.training.checkpoints.lock import NAME as LOCK
+from hp_plugin.training.checkpoints.lock import Owner, process_ticks
 from tests.adapters.checkpoint_cases import quick_results_queue
 from tests.dist.training_runs import train
 from tests.ranks import Ranks
@@ -116,6 +123,63 @@ def damaged(cache: str, path: str) -> dict[str, Any]:
     said["truncated"], said["shard"] = refused(cache, load), str(shard)
     shard.unlink()
     said["missing"] = refused(cache, load)
+    # As many bytes as before, one of them another.
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    shard.write_bytes(flipped)
+    said["flipped"] = refused(cache, load)
+    shard.write_bytes(bytes(len(whole)))
+    (folder / "integrity.json").rename(folder / "aside")
+    said["zeros, without checksums"] = refused(cache, load)
+    shard.write_bytes(whole)
+    (folder / "aside").rename(folder / "integrity.json")
+    said["whole again"] = refused(cache, load)
+    alive = replace(Owner.this_process(), pid=os.getppid(), ticks=process_ticks(os.getppid()) or 0)
+    (Path(path) / "good" / LOCK).write_text(json.dumps(asdict(alive)))
+    said["in use"] = refused(cache, f"{load} --save {path}/good")
+    (Path(path) / "good" / LOCK).write_text(json.dumps(asdict(replace(alive, ticks=1))))
+    said["not in use"] = refused(cache, f"{load.replace('--train-iters 2', '--train-iters 1')} --save {path}/good")
+    said["left"] = (Path(path) / "good" / LOCK).exists()
+    return said | hostile(cache, load, folder, Path(path) / "ran")
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = str(made)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (self.made, 0o777, True)
+
+
+def hostile(cache: str, load: str, folder: Path, made: Path) -> dict[str, Any]:
+    """What is said of files that would run code, and whether they did: without and with trust."""
+    said: dict[str, Any] = {}
+    (folder / "integrity.json").unlink()
+    common, index = folder / "common.pt", folder / ".metadata"
+    kept = {file: file.read_bytes() for file in (common, index)}
+    if common.exists():  # up to 0.18
+        torch.save(torch.load(common) | {"payload": Hostile(made)}, common)
+        said["common state"], said["ran 1"] = refused(cache, load), made.exists()
+        said["trusted"] = refused(cache, f"{load} --trust-checkpoint")
+        said["ran, trusted"] = made.exists()
+        made.rmdir()
+        common.write_bytes(kept[common])
+    stored = pickle.loads(kept[index])
+    stored.planner_data = Hostile(made)
+    index.write_bytes(pickle.dumps(stored))
+    said["index"], said["ran 2"] = refused(cache, load), made.exists()
+    # An object among the shards, which torch itself unpickles: random states that are no such thing.
+    stored = pickle.loads(kept[index])
+    torch.save([Hostile(made)], folder / "__9_0.distcp")
+    (piece,) = (piece for piece in stored.storage_data if piece.fqn.startswith("rng_state"))
+    place = stored.storage_data[piece]
+    length = (folder / "__9_0.distcp").stat().st_size
+    stored.storage_data[piece] = replace(place, relative_path="__9_0.distcp", offset=0, length=length)
+    index.write_bytes(pickle.dumps(stored))
+    said["object"], said["ran 3"] = refused(cache, load), made.exists()
+    index.write_bytes(kept[index])
     return said
 
 
@@ -135,6 +199,20 @@ def test_what_cannot_load_says_why(ranks: Ranks, tmp_path: Path) -> None:
     assert said["weights alone"] == "loaded"
     assert f"{said['shard']} is truncated" in said["truncated"]
     assert f"{said['shard']} is missing" in said["missing"]
+    assert f"{said['shard']} has changed since it was written" in said["flipped"]
+    assert "\n" not in said["zeros, without checksums"]
+    assert f"{said['shard']} is garbled" in said["zeros, without checksums"]
+    assert said["whole again"] == "loaded"
+    assert "is written to by process" in said["in use"] and "\n" not in said["in use"]
+    assert (said["not in use"], said["left"]) == ("loaded", False)
+    iteration = str(Path(said["shard"]).parent)
+    named = {"common state": "common.pt", "index": ".metadata", "object": "__9_0.distcp"}
+    for what in named.keys() & said.keys():
+        assert f"{iteration}/{named[what]} names os.makedirs" in said[what]
+        assert "--trust-checkpoint" in said[what]
+    assert not said.get("ran 1") and not said["ran 2"] and not said["ran 3"]
+    if "trusted" in said:
+        assert said["trusted"] == "loaded" and said["ran, trusted"]
 
 
 def own_files(cache: str, path: str) -> dict[str, str]:
@@ -172,7 +250,7 @@ def test_a_ranks_own_file_that_does_not_fit_is_told_alike_on_all_ranks(ranks: Ra
     assert "loads only on the layout that saved it" in said["stock"]
     for name in ("biases", "QK-norm", "shape"):
         assert said[name].startswith("on the ranks: checkpoint") and len(said[name]) < 600
-    assert "mp_rank_01/model_optim_rng.pt cannot be read" in said["damaged"]
+    assert "mp_rank_01/model_optim_rng.pt has changed since it was written" in said["damaged"]
     assert "mp_rank_01/model_optim_rng.pt is missing" in said["missing"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
@@ -172,8 +175,34 @@ def test_the_installed_release_has_what_the_hooks_replace() -> None:
 def test_a_checkpoint_is_looked_at_before_its_common_state_is_read(tmp_path: Path) -> None:
     stock = SimpleNamespace(_load_base_checkpoint=lambda load_dir, args, rank0=False: None)
     hooks_of_a_grid = CheckpointHooks(stock, lambda: HeadDimConfig(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"has no file metadata\.json: it is incomplete"):
+    with pytest.raises(ValueError, match=r"metadata\.json is missing: restore it"):
         hooks_of_a_grid.load_common(str(tmp_path))
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = str(made)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (self.made, 0o777, True)
+
+
+def test_nothing_that_a_checkpoint_names_is_run_unless_it_is_trusted(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    torch.save({"payload": Hostile(made)}, tmp_path / "common.pt")
+    read = lambda load_dir, args, rank0=False: (None, "", False, None)  # noqa: E731
+    stock = SimpleNamespace(_load_base_checkpoint=read)
+    hooks_of_a_grid = CheckpointHooks(stock, lambda: HeadDimConfig(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"common\.pt names .*makedirs, .*--trust-checkpoint"):
+        hooks_of_a_grid.load_common(str(tmp_path))
+    assert not made.exists()
+    hooks_of_a_grid.read(str(tmp_path), argparse.Namespace(trust_checkpoint=True))
+    assert hooks_of_a_grid.load_common(str(tmp_path)) == {"payload": None}
+    assert made.exists()
 
 
 def test_another_signature_is_refused_with_the_release(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.model_check import check_attention
@@ -240,19 +241,21 @@ def test_figures_of_a_mixture_are_read_whatever_their_name_ends_in(ranks: Ranks)
         (["common_state/shard_0_1"], False, True, None),
         (["common_state/shard_0_1"], False, False, "Megatron-Core 0.19 and newer write it, and this is"),
         (["embedding.weight"], True, False, None),
-        (["embedding.weight"], False, True, r"has no file common\.pt: it is incomplete"),
-        ([], True, True, r"has no file metadata\.json"),
+        (["embedding.weight"], False, True, r"common\.pt is missing"),
+        ([], True, True, r"metadata\.json is missing"),
     ],
     ids=["0.19 in 0.19", "0.19 in 0.16", "0.16", "neither", "no metadata"],
 )
 def test_the_common_state_is_looked_for_where_the_checkpoint_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], common_file: bool, reads: bool, said: str | None
 ) -> None:
-    index = Metadata(state_dict_metadata={key: SimpleNamespace() for key in keys}, storage_data={})  # type: ignore
-    monkeypatch.setattr(checks, "_metadata", lambda folder: index)
+    index = Metadata(state_dict_metadata={key: BytesStorageMetadata() for key in keys}, storage_data={})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     monkeypatch.setattr(checks, "reads_sharded_common_state", lambda: reads)
-    for name in [".metadata", *(["metadata.json"] if keys else []), *(["common.pt"] if common_file else [])]:
-        (tmp_path / name).touch()
+    if keys:
+        (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    if common_file:
+        torch.save({}, tmp_path / "common.pt")
     if said is None:
         checks.check_files(tmp_path)
         return

@@ -8,9 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hp_plugin.checkpoint.reading import DamagedFileError, readable
+
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 PARTIAL = ".partial-"
+_LONGEST = 20
+"""Characters of the longest word that a tracker holds."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,24 @@ class CheckpointFolder:
         """The folder that the tracker names; None where there is no tracker.
 
         Raises:
-            ValueError: the tracker does not hold an iteration, or names a folder that is not there.
+            DamagedFileError: the tracker cannot be read, does not hold an iteration, or names a folder that is not
+                there.
         """
         tracker = self.path / TRACKER
-        if not tracker.is_file():
+        if not os.path.lexists(tracker):
             return None
-        word = tracker.read_text().strip()
-        if word != RELEASE and not word.isdecimal():
-            raise ValueError(f"{tracker} holds {word!r} instead of an iteration or {RELEASE!r}")
+        with readable(tracker) as file:
+            word = file.read(_LONGEST + 1).decode().strip()
+        if word != RELEASE and not (word.isascii() and word.isdecimal() and len(word) < _LONGEST):
+            wrong = f"holds {word!r} instead of an iteration or {RELEASE!r}"
+            raise DamagedFileError(tracker, wrong, "write the number of one that is there into it")
         folder = self.path / RELEASE if word == RELEASE else self.of(int(word))
         if not folder.is_dir() and _aside(folder).is_dir():
             return _aside(folder)  # died between the two renames of `complete`
         if not folder.is_dir():
-            raise ValueError(f"{tracker} names {folder}, which does not exist: was it moved or deleted?")
+            raise DamagedFileError(
+                tracker, f"names {folder.name}, which is not there", "restore it, or write the number of one that is"
+            )
         return folder
 
     def of(self, iteration: int) -> Path:

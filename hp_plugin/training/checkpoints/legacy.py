@@ -10,6 +10,8 @@ import torch
 from megatron.core import parallel_state
 
 from hp_plugin.checkpoint.checks import check_state, refuse_together
+from hp_plugin.checkpoint.checksums import file_checksum, listed_checksums, verify_checksum, write_checksums
+from hp_plugin.checkpoint.reading import DamagedFileError, read_torch_file
 from hp_plugin.checkpoint.rules import check_same_layout, recorded_head_dim
 from hp_plugin.training.checkpoints.state import (
     VERSION,
@@ -42,10 +44,11 @@ def save(trainer: Trainer, iteration: int, folder: Path) -> None:
     path = _rank_file(trainer.config, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path)
+    write_checksums(path.parent, {path.name: file_checksum(path)})
 
 
 def load(trainer: Trainer, folder: Path) -> int:
-    """Restores this rank's file; returns its iteration. Only what this trainer wrote: it unpickles.
+    """Restores this rank's file; returns its iteration.
 
     Raises:
         WrongModelError: on all ranks, if the file of any is missing, damaged or of another model.
@@ -53,8 +56,8 @@ def load(trainer: Trainer, folder: Path) -> int:
     path = _rank_file(trainer.config, folder)
     damage: list[str] = []
     try:
-        state = _read(path)
-    except ValueError as unreadable:
+        state = _read(path, trainer.config.trust_checkpoint)
+    except DamagedFileError as unreadable:
         damage = [str(unreadable)]
     # All ranks together: one that ended alone would leave the others waiting for it.
     refuse_together(damage, folder, "cannot be loaded")
@@ -67,16 +70,18 @@ def load(trainer: Trainer, folder: Path) -> int:
     return int(state["iteration"])
 
 
-def read_arguments(folder: Path) -> Namespace:
+def read_arguments(folder: Path, trusted: bool) -> Namespace:
     """The options that the first rank's file records.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is damaged.
     """
     files = sorted(folder.glob(f"mp_rank_*/{FILE}"))
     if not files:
         raise ValueError(f"checkpoint {folder} has no mp_rank_*/{FILE}: it is incomplete, load another iteration")
-    arguments: Namespace = _read(files[0])["args"]
+    arguments = _read(files[0], trusted)["args"]
+    if not isinstance(arguments, Namespace):
+        raise DamagedFileError(files[0], "holds no arguments under the name args")
     return arguments
 
 
@@ -107,11 +112,12 @@ def _rank_file(config: TrainingConfig, folder: Path) -> Path:
     return folder / rank / FILE
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"checkpoint file {path} is missing: load another iteration")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    except (RuntimeError, EOFError, OSError) as damage:
-        raise ValueError(f"checkpoint file {path} cannot be read ({damage}): load another iteration") from damage
+def _read(path: Path, trusted: bool) -> dict[str, Any]:
+    expected = listed_checksums(path.parent).get(path.name)
+    if expected is not None:
+        verify_checksum(path, expected)
+    state = read_torch_file(path, trusted)
+    missing = [name for name in ("args", "iteration") if name not in state]
+    if missing:
+        raise DamagedFileError(path, f"holds no {missing[0]}")
     return state

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from hp_plugin.checkpoint.checks import check_files, check_tensors
+from hp_plugin.checkpoint.checks import check_files, check_tensors, read_common_state, refuse_together
+from hp_plugin.checkpoint.checksums import complete_checksums, write_shard_checksums
+from hp_plugin.checkpoint.contents import check_contents
 from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
+from hp_plugin.checkpoint.reading import trusting
 from hp_plugin.checkpoint.rules import check_same_function, recorded_head_dim
 from hp_plugin.training.checkpoints import legacy as legacy_checkpoint
+from hp_plugin.training.checkpoints.failures import loading, saving
 from hp_plugin.training.checkpoints.folder import RELEASE, CheckpointFolder
+from hp_plugin.training.checkpoints.lock import FolderInUseError, FolderLock
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.log import print_rank_0
@@ -41,11 +50,11 @@ def check_load(config: TrainingConfig) -> None:
     if (folder / "metadata.json").is_file() != (config.ckpt_format == "torch_dist"):
         raise ValueError(f"{folder} is not of --ckpt-format {config.ckpt_format}: give the other one, or load another")
     if config.ckpt_format == "torch":
-        saved = legacy_checkpoint.read_arguments(folder)
+        saved = legacy_checkpoint.read_arguments(folder, config.trust_checkpoint)
         legacy_checkpoint.check_layout(config, saved)
     else:
-        check_files(folder)
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        check_files(folder, config.trust_checkpoint)
+        common = read_common_state(folder, config.trust_checkpoint)
         saved = common.get("args", Namespace())
         if not config.finetune:
             _check_optimizer(config, folder, saved, common)
@@ -92,6 +101,7 @@ class Checkpoints:
         self.saved = -1
         self._queue = AsyncCallsQueue()
         write_without_server()
+        self._lock = None if self.config.save is None else _locked(Path(self.config.save))
 
     def load(self) -> int:
         """Restores the latest checkpoint of --load; returns its iteration, 0 if there is none or to --finetune.
@@ -116,7 +126,9 @@ class Checkpoints:
 
     def after(self, iteration: int) -> bool:
         """Saves if --save-interval says so; True if --exit-interval says that the run ends here."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
+        if self._lock is not None:
+            self._lock.sign()
         if self.config.save_interval is not None and iteration % self.config.save_interval == 0:
             self.save(iteration)
         return self.config.exit_interval is not None and iteration % self.config.exit_interval == 0
@@ -132,8 +144,11 @@ class Checkpoints:
             self.save(iteration, ending)
         elif ending:
             print_rank_0(f" > iteration {iteration} is saved in {self.config.save}{ending}")
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        self._finalize(blocking=True)
         self._queue.close()
+        if self._lock is not None:
+            self._lock.release()
+            atexit.unregister(self._lock.release)
 
     def what_is_saved(self) -> str:
         """What is left of this run if it ends now, in words."""
@@ -148,40 +163,60 @@ class Checkpoints:
         """Writes a checkpoint and says so with `ending`; with --async-save, begins to, after the last is complete."""
         assert self.config.save is not None
         # Two at a time could become complete in the wrong order.
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        self._finalize(blocking=True)
         folders = CheckpointFolder(Path(self.config.save))
-        names = [str(folders.begin(iteration)) if dist.get_rank() == 0 else ""]
+        with saving(folders.path):
+            names = [str(folders.begin(iteration)) if dist.get_rank() == 0 else ""]
         dist.broadcast_object_list(names, src=0)
-        partial = names[0]
+        partial = Path(names[0])
 
         def complete() -> None:
             if dist.get_rank() == 0:
-                folders.complete(Path(partial), iteration)
+                if self.config.ckpt_format == "torch_dist":
+                    complete_checksums(partial)
+                folders.complete(partial, iteration)
             print_rank_0(f" > saved checkpoint of iteration {iteration} to {self.config.save}{ending}")
 
         self.saved = iteration
-        if self.config.ckpt_format == "torch":
-            legacy_checkpoint.save(self.trainer, iteration, Path(partial))
-        else:
-            metadata = content_metadata(self.trainer)
-            content = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
-            request = dist_checkpointing.save(
-                sharded_state(self.trainer, iteration, metadata),
-                partial,
-                async_sharded_save=self.config.async_save,
-                content_metadata=content,
-                **own_queue(),
-            )
-            if request is not None:
-                request.add_finalize_fn(complete)
-                self._queue.schedule_async_request(request)
+        with saving(folders.path):
+            if self.config.ckpt_format == "torch":
+                legacy_checkpoint.save(self.trainer, iteration, partial)
+            elif self._begin_sharded(partial, iteration, complete):
                 return
-        dist.barrier()
-        complete()
+            dist.barrier()
+            complete()
         dist.barrier()
 
+    def _begin_sharded(self, partial: Path, iteration: int, complete: Callable[[], None]) -> bool:
+        """Writes this rank's shards with their checksums; with --async-save, begins to and returns True."""
+        metadata = content_metadata(self.trainer)
+        request = dist_checkpointing.save(
+            sharded_state(self.trainer, iteration, metadata),
+            str(partial),
+            async_sharded_save=self.config.async_save,
+            content_metadata={name: value for name, value in metadata.items() if name != "dp_cp_group"},
+            **own_queue(),
+        )
+        if request is None:
+            write_shard_checksums(partial, dist.get_rank())
+            return False
+        if request.async_fn is not None:
+            write = functools.partial(_write_with_checksums, request.async_fn, partial, dist.get_rank())
+            request = request._replace(async_fn=write)
+        request.add_finalize_fn(complete)
+        self._queue.schedule_async_request(request)
+        return True
+
+    def _finalize(self, blocking: bool) -> None:
+        if self.config.save is None:
+            return
+        with saving(Path(self.config.save)):
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+
     def _load_sharded(self, folder: Path) -> int:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        trusted = self.config.trust_checkpoint
+        check_contents(folder, trusted)
+        common = read_common_state(folder, trusted)
         saved: Namespace = common.get("args", Namespace())
         whole = not self.config.finetune
         state = sharded_state(
@@ -193,10 +228,11 @@ class Checkpoints:
             # Random states are a rank's own: another layout starts with new ones, as Megatron-LM does.
             random_states=whole and self._same_layout(saved) and folder.name != RELEASE,
         )
-        check_tensors(state, folder)
-        check_expert_optimizer(state, folder)
+        check_tensors(state, folder, trusted)
+        check_expert_optimizer(state, common, folder)
         asked = set(state)
-        loaded = dist_checkpointing.load(state, str(folder))
+        with loading(folder), trusting(trusted):
+            loaded = dist_checkpointing.load(state, str(folder))
         # What is not sharded comes along unasked: of an optimizer, its hyperparameters without its tensors.
         restore(self.trainer, {name: value for name, value in loaded.items() if name in asked})
         return int(common.get("iteration", 0))
@@ -213,3 +249,27 @@ class Checkpoints:
         theirs = recorded_head_dim(saved)
         grids = [None if head_dim is None else head_dim.grid for head_dim in (theirs, config.head_dim)]
         return grids[0] == grids[1] and all(getattr(saved, name, None) == own[name] for name in _LAYOUT)
+
+
+def _locked(folder: Path) -> FolderLock | None:
+    """The first rank takes the lock of a folder, for all; a collective call over the default group."""
+    lock, complaints = None, []
+    if dist.get_rank() == 0:
+        lock = FolderLock(folder)
+        try:
+            lock.take()
+        except FolderInUseError as refusal:
+            complaints = [str(refusal)]
+        except OSError as error:
+            complaints = [f"--save {folder} cannot be written to ({error.strerror}): name another"]
+        else:
+            atexit.register(lock.release)
+    refuse_together(complaints, folder, "cannot be written")
+    return lock
+
+
+def _write_with_checksums(write: Callable[..., None], partial: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Runs in the process that writes in the background; whether it wrote all is for `complete_checksums` to say."""
+    write(*args, **kwargs)
+    with suppress(OSError):
+        write_shard_checksums(partial, rank)
