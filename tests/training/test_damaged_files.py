@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -328,3 +329,36 @@ def test_less_than_a_sample_is_told(data: str) -> None:
                 ),
                 1,
             )
+
+
+def changed(content: bytes, chance: random.Random) -> bytes:
+    """With bits flipped, cut off, something put in or something left out."""
+    place, found = chance.randrange(len(content)), bytearray(content)
+    how = chance.randrange(4)
+    if how == 0:
+        found[place] ^= 1 << chance.randrange(8)
+    elif how == 1:
+        del found[place:]
+    elif how == 2:
+        found[place:place] = chance.randbytes(chance.randrange(1, 20))
+    else:
+        del found[place : place + chance.randrange(1, 50)]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json", "data.idx", "data.bin"])
+def test_whatever_is_changed_is_told_in_a_line_or_does_no_harm(checkpoint: Path, data: str, name: str) -> None:
+    chance, told = random.Random(name), 0
+    path = Path(data).parent / name if name.startswith("data") else checkpoint / name
+    kept = path.read_bytes()
+    for _ in range(100):
+        path.write_bytes(changed(kept, chance))
+        try:
+            check_files(checkpoint)
+            complaint = data_complaint(data, 60)
+        except DamagedFileError as damage:
+            complaint = str(damage)
+        if complaint is not None:
+            told += 1
+            assert one_line(complaint, path)
+    assert told > 60
