@@ -102,10 +102,17 @@ def _run_alone(script: Path) -> None:
 
 
 def _enable_cpu(megatron_experts: bool) -> bool:
-    """Runs Megatron-LM on the CPU where there is no CUDA, and says so; returns whether it does."""
+    """Runs Megatron-LM on the CPU where there is no CUDA, and says so; returns whether it does.
+
+    Where there is, its ranks have the GPUs in turn.
+    """
     import torch
 
     if torch.cuda.is_available():
+        from hp_plugin.shared_gpus.placing import GLOO, use_gpu
+
+        # Megatron-LM takes the GPU of this number, of which there may be fewer than ranks.
+        os.environ["LOCAL_RANK"] = str(use_gpu(GLOO).index)
         return False
     from hp_plugin.cpu_backend import megatron_lm
 

@@ -233,6 +233,20 @@ def _run_job(call: bytes, store: Any) -> Any:
         gc.collect()
 
 
+def prepare_device() -> Any:
+    """What a body computes on: the GPU, which all ranks share over gloo and whose products are whole, else the CPU."""
+    import torch
+
+    from hp_plugin import cpu_backend
+    from hp_plugin.shared_gpus.placing import GLOO, use_gpu
+
+    if not torch.cuda.is_available():
+        cpu_backend.enable()
+        return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return use_gpu(GLOO)
+
+
 def destroy_groups_but(*kept: Any) -> None:
     """Ends all other process groups of this rank, and with them the threads they have."""
     import torch.distributed as dist

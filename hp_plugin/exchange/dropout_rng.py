@@ -43,8 +43,10 @@ def ensure_rng(name: str, sharing: dist.ProcessGroup) -> None:
     as_generator = isinstance(model_state, torch.Generator)  # trackers made for CUDA graphs keep generators
     raw = model_state.get_state() if as_generator else model_state
     digest = hashlib.sha256(name.encode() + raw.cpu().numpy().tobytes()).digest()
-    device = torch.device("cuda" if dist.get_backend(sharing) == "nccl" else "cpu")
-    seed = torch.tensor(int.from_bytes(digest[:7], "big"), device=device)
+    seed = torch.tensor(
+        int.from_bytes(digest[:7], "big"), device="cuda" if dist.get_backend(sharing) == "nccl" else "cpu"
+    )
     dist.broadcast(seed, src=dist.get_global_rank(sharing, 0), group=sharing)
-    generator = torch.Generator(device=device).manual_seed(int(seed))
+    # Not the seed's device: over gloo, too, ranks on a GPU draw from its generator.
+    generator = torch.Generator(device="cuda" if torch.cuda.is_available() else "cpu").manual_seed(int(seed))
     tracker.set_states({**states, name: generator if as_generator else generator.get_state()})

@@ -17,6 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from hp_plugin import cpu_backend
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.processes import refusals
+from hp_plugin.shared_gpus.placing import GLOO, NCCL, use_gpu
 from hp_plugin.training.agreement import require_agreement
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.moe import expert_sizes
@@ -41,7 +42,7 @@ def running_ranks(config: TrainingConfig) -> Iterator[torch.device]:
     Raises:
         DisagreementError: the ranks do not have the same configuration.
     """
-    device = _find_device()
+    device = _find_device(config)
     joined = not dist.is_initialized()
     if joined:
         _join_default_group(config, device)
@@ -61,20 +62,23 @@ def prepare_device() -> None:
         cpu_backend.enable()
 
 
-def _find_device() -> torch.device:
+def _find_device(config: TrainingConfig) -> torch.device:
     prepare_device()
     if cpu_backend.is_enabled():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
+    return use_gpu(backend_of(config, torch.device("cuda")))
+
+
+def backend_of(config: TrainingConfig, device: torch.device) -> str:
+    """The backend of process groups: as given, else NCCL on GPUs and gloo on the CPU."""
+    return config.distributed_backend or (NCCL if device.type == "cuda" else GLOO)
 
 
 def _join_default_group(config: TrainingConfig, device: torch.device) -> None:
-    backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    backend = backend_of(config, device)
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     arguments: dict[str, Any] = {"timeout": timeout}
-    if device.type == "cuda" and backend == "nccl":
+    if device.type == "cuda" and backend == NCCL:
         arguments["device_id"] = device
     if "RANK" not in os.environ:  # started by hand: a world of one, which needs no address
         arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

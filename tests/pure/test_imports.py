@@ -39,8 +39,8 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
     2: [
         ("upstream", "processes.refusals"),
         (
-            *("grid.groups", "cpu_backend", "exchange.masks", "exchange.dropout_rng", "exchange.kv_cache"),
-            "exchange.replicas",
+            *("grid.groups", "cpu_backend", "shared_gpus", "exchange.masks", "exchange.dropout_rng"),
+            *("exchange.kv_cache", "exchange.replicas"),
         ),
         ("exchange.strategy", "exchange.fused_kernels"),
         tuple(f"exchange.{name}." for name in EXCHANGES if name != "weights"),
