@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hp_plugin.attention.quantized import quantized_refusals
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
 from hp_plugin.exchange.rule import AttentionShape
@@ -179,6 +180,7 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
     if getattr(config, "log_max_attention_logit", False):
         said = f"--log-max-attention-logit reads whole heads of the whole micro-batch: {whole}"
         refusals.append(Refusal("feature", said))
+    refusals += quantized_refusals(config, head_dim, whole)
     if head_dim.exchange not in RULES:  # none was asked for by name
         return refusals
     return [*refusals, *unsupported_by(head_dim.exchange, config, stock_core_alone(config), shape)]
