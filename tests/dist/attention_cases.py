@@ -18,12 +18,12 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from hp_plugin import cpu_backend
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
+from tests.ranks import prepare_device
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def build(case: Case, head_dim: HeadDimConfig | None, h: int, g: int, d: int) ->
         config=config,
         layer_number=1,
         pg_collection=None,
-    )
+    ).cuda()
 
 
 def angles(case: Case, d: int) -> Tensor | None:
@@ -141,18 +141,18 @@ def attention_mask(case: Case) -> Tensor | None:
         return None
     if case.mask == "padding":
         lengths = torch.randint(1, case.s + 1, (case.b,), generator=generator)
-        return (torch.arange(case.s) >= lengths[:, None])[:, None, None, :]
+        return (torch.arange(case.s) >= lengths[:, None])[:, None, None, :].cuda()
     shared = 1 if case.mask == "shared" else case.b
     mask = torch.rand((shared, 1, case.s, case.s), generator=generator) < 0.4
     mask[0, 0, case.s // 2] = True
-    return mask
+    return mask.cuda()
 
 
 def data(case: Case) -> tuple[Tensor, Tensor]:
     """Input and output weights `[s, b, D]`, equal on all ranks."""
     generator = torch.Generator().manual_seed(99)
     shape = (2, case.s, case.b, case.hidden)
-    return tuple(torch.randn(shape, generator=generator).to(case.dtype))  # type: ignore[return-value]
+    return tuple(torch.randn(shape, generator=generator).to(case.dtype).cuda())  # type: ignore[return-value]
 
 
 def step(module: nn.Module, inputs: Tensor, weights: Tensor, mask: Tensor | None, rope: Tensor | None) -> Result:
@@ -227,7 +227,7 @@ def share(case: Case, module: nn.Module, name: str, whole: Tensor) -> Tensor:
     axis = 0 if layer == "linear_qkv" else 1
     if case.exchange == "local":
         return whole.chunk(size, dim=axis)[rank]  # the literal method's heads are the ranks' slices, in TP order
-    return whole.index_select(axis, torch.tensor(module.get_submodule(layer).owned))
+    return whole.index_select(axis, torch.tensor(module.get_submodule(layer).owned).cuda())
 
 
 def _move_off_trivial(module: nn.Module) -> None:
@@ -235,12 +235,12 @@ def _move_off_trivial(module: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "bias" in name or "layernorm" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).cuda())
 
 
 def differences(case: Case) -> dict[str, float]:
     """Largest difference over largest reference value, for the output and every gradient; all ranks' maximum."""
-    cpu_backend.enable()
+    prepare_device()
     stock = reference(case)
     module, grid = on_grid(case, stock)
     rows = own_rows(case)

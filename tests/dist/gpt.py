@@ -21,12 +21,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hp_plugin import cpu_backend
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.attention.specs import finish_model, head_dim_spec
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from tests.dist.gpt_parts import Part, collect, fill
+from tests.ranks import prepare_device
 
 VOCABULARY = 64
 SEQUENCE = 16
@@ -80,7 +80,7 @@ class Outcome:
 
 def train(case: Case) -> Outcome:
     """Train `case.steps` steps of 8 samples, in micro-batches spread over the data-parallel ranks."""
-    cpu_backend.enable()
+    prepare_device()
     start(case)
     chunks = build(case)
     optimizer = build_optimizer(case, chunks)
@@ -247,7 +247,7 @@ def run_step(case: Case, chunks: list[Any], step: int) -> float:
 
 
 def forward_step(case: Case, iterator: Any, model: Any) -> Any:
-    tokens = next(iterator)
+    tokens = next(iterator).cuda()
     positions = torch.arange(SEQUENCE, device="cuda").expand(len(tokens), -1)
     mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool, device="cuda").triu(1)
     if case.own_masks:

@@ -76,7 +76,7 @@ def collect(chunks: list[Any], read: Any) -> dict[str, Part]:
         model = chunk.module.module if isinstance(chunk.module, Float16Module) else chunk.module
         orders = orders_of(model)
         for name, param in global_names(model).items():
-            found[name] = (read(param).float().clone(), split_axis(param), orders.get(id(param)))
+            found[name] = (read(param).float().cpu().clone(), split_axis(param), orders.get(id(param)))
     return found
 
 

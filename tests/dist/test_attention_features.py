@@ -28,7 +28,7 @@ from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.transformer_config import attention_shape
 from tests.dist import attention_cases
 from tests.dist.attention_cases import Case
-from tests.ranks import Ranks
+from tests.ranks import Ranks, prepare_device
 
 EXACT = ("batch", "sequence", "scores")
 
@@ -73,16 +73,16 @@ def test_half_precision_is_as_good_as_stock(ranks: Ranks, exchange: str, dtype: 
 
 def dropout_masks(case: Case) -> tuple[tuple[int, int], Tensor]:
     """What is left of each row's probability mass: equal slices mean equal masks."""
-    cpu_backend.enable()
+    prepare_device()
     initialize_head_dim_parallel(HeadDimConfig(case.m, case.n, case.exchange))
     module = attention_cases.build(case, HeadDimConfig(case.m, case.n, case.exchange), case.h, case.g, case.d)
     generator = torch.Generator().manual_seed(3)
     width = case.d // case.n
-    query, key = (torch.randn(case.s, case.b, heads, width, generator=generator) for heads in _heads(case))
+    query, key = (torch.randn(case.s, case.b, heads, width, generator=generator).cuda() for heads in _heads(case))
     masses = module.core_attention(query, key, torch.ones_like(key), None)
     coordinates = module.groups.coordinates
     parallel_state.destroy_model_parallel()
-    return coordinates, masses.view(case.s, case.b, -1, width)[..., 0].detach()
+    return coordinates, masses.view(case.s, case.b, -1, width)[..., 0].detach().cpu()
 
 
 def _heads(case: Case) -> tuple[int, int]:
