@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Everything that one NVIDIA GPU can prove and measure of this project, in less than eight minutes.
+#
+#   bash tools/on_gpu.sh [--python PATH] [--wheels DIR] [--out DIR] [--dry-run] [--stage NAME ...]
+#
+#   --python PATH  a Python, 3.10 or newer, that has torch with CUDA (default: python3)
+#   --wheels DIR   where pip finds what is missing, without network: megatron-core, numpy, packaging, psutil, pytest,
+#                  pytest-timeout, hypothesis; deepspeed if its mixtures are to be tested. To fill it elsewhere:
+#                  pip download --no-deps -d DIR -r tests/requirements.txt
+#   --out DIR      for on_gpu.json, on_gpu.md, machine.json and logs (default: runs/on_gpu)
+#   --dry-run      all stages on tiny sizes, on the CPU if there is no GPU
+#   --stage NAME   this stage alone: "wide heads", "one rank", "four ranks", "shard" or "tests"
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=python3
+wheels=''
+out=$root/runs/on_gpu
+options=()
+while (($#)); do
+    case $1 in
+        --python) python=${2:?--python needs a path}; shift 2 ;;
+        --wheels) wheels=${2:?--wheels needs a directory}; shift 2 ;;
+        --out) out=${2:?--out needs a directory}; shift 2 ;;
+        --dry-run) options+=(--dry-run); shift ;;
+        --stage) options+=(--stage "${2:?--stage needs a name}"); shift 2 ;;
+        -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) echo "on_gpu: unknown option $1; bash tools/on_gpu.sh --help" >&2; exit 2 ;;
+    esac
+done
+fail() { echo "on_gpu: $*" >&2; exit 2; }
+
+"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch: name a Python that has it with --python PATH"
+needed='megatron.core numpy packaging psutil pytest pytest_timeout hypothesis'
+missing() { "$1" -c 'import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n.split(".")[0]) is None])' $needed; }
+lacking=$(missing "$python")
+mkdir -p "$out"
+if [[ -n $lacking ]]; then
+    [[ -n $wheels ]] || fail "$python lacks $lacking: give a folder of wheels with --wheels DIR"
+    # Beside the Python's own packages, torch among them, which stay as they are.
+    [[ -x $out/venv/bin/python ]] || "$python" -m venv --system-site-packages "$out/venv"
+    pins=()
+    while read -r pin; do pins+=("$pin"); done < <(grep -E '^(megatron-core|numpy|packaging|psutil|pytest|pytest-timeout|hypothesis|sortedcontainers|iniconfig|pluggy|deepspeed)==' "$root/tests/requirements.txt")
+    for pin in "${pins[@]}"; do
+        "$out/venv/bin/python" -m pip install --quiet --no-index --find-links "$wheels" --no-deps "${pin%%;*}" ||
+            echo "on_gpu: $wheels has no ${pin%%;*}" >&2
+    done
+    python=$out/venv/bin/python
+    lacking=$(missing "$python")
+    [[ -z $lacking ]] || fail "$wheels lacks $lacking for $("$python" --version)"
+fi
+export PYTHONPATH=$root OMP_NUM_THREADS=1
+cd "$root"
+exec "$python" -m hp_plugin.bench.gpu.stages --out "$out" ${options[@]+"${options[@]}"}
