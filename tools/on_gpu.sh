@@ -4,9 +4,9 @@
 #   bash tools/on_gpu.sh [--python PATH] [--wheels DIR] [--out DIR] [--dry-run] [--stage NAME ...]
 #
 #   --python PATH  a Python, 3.10 or newer, that has torch with CUDA (default: python3)
-#   --wheels DIR   where pip finds what is missing, without network: megatron-core, numpy, packaging, psutil, pytest,
-#                  pytest-timeout, hypothesis; deepspeed if its mixtures are to be tested. To fill it elsewhere:
-#                  pip download --no-deps -d DIR -r tests/requirements.txt
+#   --wheels DIR   where pip finds what is missing, without network. To fill it elsewhere, with the same Python version:
+#                  pip download --no-deps -d DIR megatron-core==VERSION numpy packaging psutil pytest pytest-timeout
+#                  iniconfig pluggy pygments hypothesis sortedcontainers; VERSION as tests/requirements.txt has it
 #   --out DIR      for on_gpu.json, on_gpu.md, machine.json and logs (default: runs/on_gpu)
 #   --dry-run      all stages on tiny sizes, on the CPU if there is no GPU
 #   --stage NAME   this stage alone: "wide heads", "one rank", "four ranks", "shard" or "tests"
@@ -39,11 +39,11 @@ if [[ -n $lacking ]]; then
     [[ -n $wheels ]] || fail "$python lacks $lacking: give a folder of wheels with --wheels DIR"
     # Beside the Python's own packages, torch among them, which stay as they are.
     [[ -x $out/venv/bin/python ]] || "$python" -m venv --system-site-packages "$out/venv"
-    pins=()
-    while read -r pin; do pins+=("$pin"); done < <(grep -E '^(megatron-core|numpy|packaging|psutil|pytest|pytest-timeout|hypothesis|sortedcontainers|iniconfig|pluggy|deepspeed)==' "$root/tests/requirements.txt")
-    for pin in "${pins[@]}"; do
-        "$out/venv/bin/python" -m pip install --quiet --no-index --find-links "$wheels" --no-deps "${pin%%;*}" ||
-            echo "on_gpu: $wheels has no ${pin%%;*}" >&2
+    wanted=' megatron-core pytest pytest-timeout iniconfig pluggy pygments hypothesis sortedcontainers '
+    for name in numpy packaging psutil; do [[ " $lacking " != *" $name "* ]] || wanted+="$name "; done
+    for wheel in "$wheels"/*.whl; do
+        name=$(basename "$wheel" | cut -d- -f1 | tr '[:upper:]_' '[:lower:]-')
+        [[ $wanted != *" $name "* ]] || "$out/venv/bin/python" -m pip install --quiet --no-index --no-deps "$wheel" || true
     done
     python=$out/venv/bin/python
     lacking=$(missing "$python")

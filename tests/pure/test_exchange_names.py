@@ -44,6 +44,7 @@ OTHER_MEANINGS = {
     ("hp_plugin.planner.counts.feasibility", "{'weights': ...}"): 1,
     ("hp_plugin.planner.reports.text", "('weights', 'gradients', 'optimizer', 'activations', 'buffers', 'cache')"): 1,
     # axes and lengths; what a product or a column is called
+    ("hp_plugin.bench.gpu.machine_file", "['batch', 'm', 'n', 'k', 'tflops']"): 1,
     ("hp_plugin.compare.rates.machine", "['batch', 'm', 'n', 'k', 'tflops']"): 1,
     ("hp_plugin.planner.machine.gemm", "('batch', 'm', 'n', 'k')"): 1,
     ("hp_plugin.planner.counts.core_attention", "Gemm('scores', queries, keys, width, batch)"): 1,

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.shared_gpus.placing import GLOO, use_gpu
 from hp_plugin.training.checks import check_config
 from hp_plugin.training.config import TrainingConfig
@@ -27,12 +28,8 @@ from hp_plugin.training.peak_memory import peak_bytes, reset_peak, return_free_m
 from hp_plugin.training.step import build_trainer, train_step
 from hp_plugin.training.transformer import build_transformer_config
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "stock tp=4": {"tensor_model_parallel_size": 4},
-    "grid=2x2,exchange=batch": {"head_dim_parallel": "2,2", "head_dim_exchange": "batch"},
-    "grid=2x2,exchange=weights": {"head_dim_parallel": "2,2", "head_dim_exchange": "weights"},
-    "grid=1x4,exchange=sequence": {"head_dim_parallel": "1,4", "head_dim_exchange": "sequence"},
-}
+LAYOUTS = ("tp=4", "grid=2x2,exchange=batch", "grid=2x2,exchange=weights", "grid=1x4,exchange=sequence")
+ALONE = "one rank"
 STEPS = 4
 
 
@@ -51,11 +48,21 @@ def main() -> None:
         torch.set_num_threads(1)
     dist.init_process_group(GLOO)
     base = _model(args.dry_run)
-    layouts = LAYOUTS if dist.get_world_size() == 4 else {"one rank": {}}
-    found = {name: _trained(replace(base, **options)) for name, options in layouts.items()}
+    layouts = LAYOUTS if dist.get_world_size() > 1 else (ALONE,)
+    found = {text: _trained(replace(base, **_options(text))) for text in layouts}
     if dist.get_rank() == 0:
         args.result.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     dist.destroy_process_group()
+
+
+def _options(text: str) -> dict[str, Any]:
+    """A layout's options of the trainer."""
+    if text == ALONE:
+        return {}
+    layout = Layout.parse(text)
+    if layout.grid is None:
+        return {"tensor_model_parallel_size": layout.tp}
+    return {"head_dim_parallel": layout.grid.flag, "head_dim_exchange": layout.grid.exchange}
 
 
 def _model(small: bool) -> TrainingConfig:

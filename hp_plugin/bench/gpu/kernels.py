@@ -98,7 +98,7 @@ class Bench:
         return self._once(("stream", count), measure)
 
     def permuted_copy(self, tokens: int, slots: int, n: int, width: int) -> float:
-        """What an exchange copies in front of an all-to-all: `[tokens, slots, n, width]` to `[n, tokens, slots, width]`."""
+        """An exchange's copy in front of an all-to-all: `[tokens, slots, n, width]` to `[n, tokens, slots, width]`."""
 
         def measure() -> float:
             slices = self._random(tokens, slots, n, width)

@@ -17,7 +17,7 @@ LINKS = "h100-ib"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the tables hold: sides of products [m, n, k], head dimensions and lengths of attention, bytes of a stream."""
+    """What the tables hold: sides of products (m; n and k), head dimensions and lengths of attention; bytes."""
 
     rows: tuple[int, ...]
     sides: tuple[int, ...]
@@ -33,7 +33,7 @@ _ATTENTION_TOKENS = 8192
 """Tokens times samples of one attention call, over 16 heads: enough to fill any GPU."""
 
 
-def machine_file(bench: Bench, sizes: Sizes) -> dict[str, Any]:
+def machine_description(bench: Bench, sizes: Sizes) -> dict[str, Any]:
     """A description as docs/planner.md has it; every figure measured here says so, all others are inherited."""
     device = bench.device
     where = f"{device_name(device)}, {str(bench.dtype).removeprefix('torch.')}, torch {torch.__version__}, alone"

@@ -11,7 +11,7 @@ from hp_plugin.bench.gpu.machine_file import LINKS
 _MEASURED = "this device"
 
 
-def page(found: dict[str, Any]) -> str:
+def markdown(found: dict[str, Any]) -> str:
     """Everything that the stages found, or why they did not."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     where = found["device"] or "a CPU: no GPU"
@@ -51,9 +51,8 @@ def _heads(result: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
             times = [statistics.median(one["times_s"][f"{mode}/{core}"]) for core in ("unfused", "fused")]
             peaks = [one["peak_bytes"][f"{mode}/{core}"] for core in ("unfused", "fused")]
             memory = " | ".join("-" if peak is None else f"{peak / 2**20:,.0f}" for peak in peaks)
-            yield (
-                f"| {said} | {mode} | {times[0] * 1e3:.2f} | {times[1] * 1e3:.2f} | {times[1] / times[0]:.2f} | {memory} |"
-            )
+            timed = f"{times[0] * 1e3:.2f} | {times[1] * 1e3:.2f} | {times[1] / times[0]:.2f}"
+            yield f"| {said} | {mode} | {timed} | {memory} |"
             said = ""
 
 
@@ -79,10 +78,10 @@ def _shard(result: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     yield "## Shard replay"
     yield ""
     yield (
-        f"One rank of 16, one layer, {samples} sequences of {length}, {result['dtype']}. Measured: its kernels one by one on "
-        f"this device. Planned: the planner's times of the same kernels, from machine.json (tables of this device) and "
-        f"from {LINKS} (published tables). Tokens/s: what the planner predicts for 16 GPUs from machine.json, with the "
-        f"published collective curves and network of {LINKS}: a prediction, not a measurement."
+        f"One rank of 16, one layer, forward and backward, {samples} sequences of {length}, {result['dtype']}. "
+        "Measured: its kernels one by one on this device. Planned: the planner's times of the same kernels, from "
+        f"machine.json (tables of this device) and from {LINKS} (published tables). Tokens/s: what the planner "
+        f"predicts for 16 GPUs from machine.json, with the published collectives and network of {LINKS}: not measured."
     )
     yield ""
     yield (
@@ -91,7 +90,8 @@ def _shard(result: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     )
     for model, rows in result["rows"].items():
         yield ""
-        yield f"| {model} | products | attention | memory | together ms | planned ms | {LINKS} ms | tokens/s predicted |"
+        planned_by = f"planned ms | {LINKS} ms"
+        yield f"| {model} | products ms | attention ms | memory ms | together ms | {planned_by} | tokens/s predicted |"
         yield "|---|---|---|---|---|---|---|---|"
         for row in rows:
             if "measured_s" not in row:

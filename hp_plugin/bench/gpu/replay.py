@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hp_plugin.bench.gpu.kernels import Bench
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.layer import layer_passes
 from hp_plugin.planner.counts.program import FusedAttention, Gemm, Kernel, Program, kernels
@@ -17,7 +18,7 @@ from hp_plugin.planner.seconds.pricing import Pricer
 from hp_plugin.planner.seconds.step import predict
 from hp_plugin.refusal import RefusedError
 
-EXCHANGES = ("batch", "sequence", "weights")
+EXCHANGES = tuple(name for name, rule in RULES.items() if rule.exact)
 
 
 def layouts(ranks: int, micro_batch: int) -> list[str]:
@@ -30,11 +31,13 @@ def layouts(ranks: int, micro_batch: int) -> list[str]:
     return found
 
 
-def replay(
+def replayed(
     bench: Bench, model: ModelShape, workload: Workload, texts: list[str], machines: dict[str, Hardware]
 ) -> list[dict[str, Any]]:
-    """A row per layout: measured seconds of one layer and micro-batch by kind of kernel, those that the machines say, and
-    the tokens/s that they predict for all ranks; or why there are none.
+    """A row per layout: measured seconds of one layer and micro-batch by kind of kernel, and what machines make of it.
+
+    That is, their seconds for the same kernels, and the tokens/s that the planner predicts for all ranks with them; or
+    why the layout cannot run.
 
     Args:
         machines: by name; the first decides which attention kernel there is.

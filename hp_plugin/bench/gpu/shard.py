@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from hp_plugin.bench.gpu.kernels import Bench
-from hp_plugin.bench.gpu.machine_file import FULL, LINKS, TINY, device_name, machine_file
-from hp_plugin.bench.gpu.replay import layouts, replay
+from hp_plugin.bench.gpu.machine_file import FULL, LINKS, TINY, device_name, machine_description
+from hp_plugin.bench.gpu.replay import layouts, replayed
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
@@ -38,19 +38,20 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = torch.float16 if device.type == "cuda" else torch.float32
     bench = Bench(device, half)
-    args.machine.write_text(json.dumps(machine_file(bench, TINY if args.dry_run else FULL), indent=1) + "\n", "utf-8")
+    args.machine.write_text(
+        json.dumps(machine_description(bench, TINY if args.dry_run else FULL), indent=1) + "\n", "utf-8"
+    )
     machines = {"this device": load_hardware(str(args.machine)), LINKS: load_hardware(LINKS)}
     length, micro_batch, batch = (32, 4, 64) if args.dry_run else (SEQUENCE, MICRO_BATCH, BATCH)
     rows = {
-        f"{name}, {mode}": replay(
+        name: replayed(
             bench,
             _small(name) if args.dry_run else load_model(name),
-            Workload(mode, length, batch, bench.dtype.itemsize, bench.dtype.itemsize),
+            Workload("train", length, batch, bench.dtype.itemsize, bench.dtype.itemsize),
             layouts(RANKS, micro_batch),
             machines,
         )
         for name in MODELS
-        for mode in ("train",)
     }
     count = 2**10 if args.dry_run else OPTIMIZER_PARAMETERS
     slices = (length * micro_batch, 3, 4, 16 if args.dry_run else 128)

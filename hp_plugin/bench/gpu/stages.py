@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from hp_plugin.bench.gpu.page import page
+from hp_plugin.bench.gpu.page import markdown
 
 ROOT = Path(__file__).parents[3]
 _RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -37,7 +38,7 @@ class Stage:
     writes: str | None = None
 
 
-def stages(out: Path, dry_run: bool) -> list[Stage]:
+def all_stages(out: Path, dry_run: bool) -> list[Stage]:
     """In order; their limits are together below eight minutes."""
     small = ("--dry-run",) if dry_run else ()
     tests = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/gpu", *(("--rehearse",) if dry_run else ()))
@@ -67,14 +68,14 @@ def run(out: Path, dry_run: bool, only: list[str]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "megatron-core", "deepspeed", "transformer-engine")},
         "stages": {},
     }
-    for stage in stages(out, dry_run):
+    for stage in all_stages(out, dry_run):
         if only and stage.name not in only:
             continue
         print(f"on_gpu: {stage.name} (at most {stage.limit_s:.0f} s)", flush=True)
         # A rehearsal has a slower machine, and nothing that waits for it.
         found["stages"][stage.name] = _run(stage, out, stage.limit_s * (4 if dry_run else 1))
         (out / "on_gpu.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        (out / "on_gpu.md").write_text(page(found), "utf-8")
+        (out / "on_gpu.md").write_text(markdown(found), "utf-8")
     return found
 
 
@@ -107,11 +108,9 @@ def _outcomes(log: str) -> dict[str, Any]:
     """Of pytest's own lines, also of a run that was cut off: how many tests ended how, and which failed."""
     ends = {name: 0 for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     failed = []
-    for words in (line.split() for line in log.splitlines() if line.startswith("tests/gpu/")):
-        end = next((word for word in words[1:] if word in ends), None)
-        if end is not None:
-            ends[end] += 1
-            failed += [words[0]] if end in ("FAILED", "ERROR") else []
+    for name, end in re.findall(rf"^(tests/gpu/.+?) ({'|'.join(ends)})\b", log, re.MULTILINE):
+        ends[end] += 1
+        failed += [name] if end in ("FAILED", "ERROR") else []
     return {**{name.lower(): count for name, count in ends.items()}, "which_failed": failed}
 
 

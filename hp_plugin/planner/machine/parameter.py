@@ -45,7 +45,7 @@ KINDS = {
     "calibrated": "fitted to the calibration rows of --validate",
     "assumed": "assumption of this planner",
     "user": "given by the user",
-    "here": "measured on the machine itself by `hp-plugin compare --predict`",
+    "here": "measured on the machine itself by `hp-plugin compare --predict` or `tools/on_gpu.sh`",
 }
 
 
