@@ -7,6 +7,8 @@ since compiling the handful that Megatron-Core marks costs every rank more than 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from hp_plugin.cpu_backend import (
@@ -19,8 +21,10 @@ from hp_plugin.cpu_backend import (
     random_states,
 )
 from hp_plugin.cpu_backend.hook import Hook
+from hp_plugin.cpu_backend.missing_packages import recompute_without_fp8
+from hp_plugin.cpu_backend.mixture_of_experts import without_te_gemm
 
-__all__ = ["HOOKS", "Hook", "enable", "is_enabled"]
+__all__ = ["HOOKS", "Hook", "enable", "is_enabled", "mend_missing_packages"]
 
 HOOKS: list[Hook] = [
     *devices.HOOKS,
@@ -32,7 +36,10 @@ HOOKS: list[Hook] = [
     *mixture_of_experts.HOOKS,
 ]
 
-_enabled = False
+PACKAGE_HOOKS = [hook for hook in HOOKS if hook.replacement in (recompute_without_fp8, without_te_gemm)]
+"""Those for missing packages, which machines with CUDA lack, too."""
+
+_enabled = _mended = False
 
 
 def is_enabled() -> bool:
@@ -60,3 +67,18 @@ def enable() -> None:
         hook.apply()
     torch.compiler.set_stance("force_eager")
     _enabled = True
+
+
+def mend_missing_packages() -> None:
+    """What Megatron-Core needs on any device where Transformer Engine is not installed; twice is once.
+
+    Raises `RuntimeError`, having changed nothing, as `enable` does.
+    """
+    global _mended
+    if _mended or find_spec("transformer_engine") is not None:
+        return
+    for hook in PACKAGE_HOOKS:
+        hook.check()
+    for hook in PACKAGE_HOOKS:
+        hook.apply()
+    _mended = True

@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """`torch.distributed.ProcessGroup`'s methods that take tensors, and what becomes of their first arguments (torch 2.13
 has other names for some; releases have those that they have)."""
+_GATHERS = ("_allgather_base", "all_gather_single")
 
 
 class Staging:
@@ -52,7 +53,7 @@ class Staging:
         # The descriptors, for putting them back: pybind's plain functions would no longer get their `self`.
         self._originals = {name: vars(dist.ProcessGroup)[name] for name in METHODS if name in vars(dist.ProcessGroup)}
         for name in self._originals:
-            setattr(dist.ProcessGroup, name, self._method(getattr(dist.ProcessGroup, name), METHODS[name]))
+            setattr(dist.ProcessGroup, name, self._method(name))
 
     def remove(self) -> None:
         """Puts them back."""
@@ -60,11 +61,15 @@ class Staging:
             setattr(dist.ProcessGroup, name, original)
         self._originals = {}
 
-    def _method(self, original: Callable[..., Any], roles: tuple[str, ...]) -> Callable[..., Any]:
+    def _method(self, name: str) -> Callable[..., Any]:
+        original, roles = getattr(dist.ProcessGroup, name), METHODS[name]
+
         @wraps(original)
         def call(group: dist.ProcessGroup, *arguments: Any, **options: Any) -> Any:
             back: list[tuple[Tensor, Tensor]] = []
             given = [self._on_host(argument, role, back) for argument, role in zip(arguments, roles, strict=False)]
+            if name in _GATHERS and given[0].dim() == 1 and given[0] is not arguments[0]:
+                given[1] = given[1].view(-1)  # NCCL compares numbers of elements, gloo shapes
             work = original(group, *given, *arguments[len(roles) :], **options)
             return StagedWork(work, given, back) if _tensors_differ(given, arguments) else work
 

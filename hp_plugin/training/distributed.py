@@ -57,8 +57,15 @@ def running_ranks(config: TrainingConfig) -> Iterator[torch.device]:
 
 
 def prepare_device() -> None:
-    """Makes Megatron-Core run on the CPU where there is no CUDA; must come before any other use of it."""
-    if not cpu_backend.is_enabled() and not torch.cuda.is_available():
+    """Makes Megatron-Core run on the CPU where there is no CUDA; must come before any other use of it.
+
+    Where there is, it is spared the names of Transformer Engine if that is not installed.
+    """
+    if cpu_backend.is_enabled():
+        return
+    if torch.cuda.is_available():
+        cpu_backend.mend_missing_packages()
+    else:
         cpu_backend.enable()
 
 

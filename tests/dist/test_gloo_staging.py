@@ -213,6 +213,23 @@ def test_results_arrive_with_the_handle_alone(ranks: Ranks) -> None:
         assert untouched and done and arrived and "no get_future: wait for them" in refused
 
 
+def gathered_flat() -> bool:
+    """As DeepSpeed's `gather_tokens` calls it, which NCCL takes and gloo by itself does not."""
+    whole, shaped = torch.zeros(SIZE * 6), torch.zeros(SIZE * 2, 3)
+    dist.all_gather_into_tensor(shaped, made(2, 3))
+    staging = Staging(lambda tensor: True)
+    staging.install()
+    try:
+        dist.all_gather_into_tensor(whole, made(2, 3))
+    finally:
+        staging.remove()
+    return torch.equal(whole.view(-1, 3), shaped)
+
+
+def test_a_gather_may_be_flat(ranks: Ranks) -> None:
+    assert ranks.run(SIZE, gathered_flat) == [True] * SIZE
+
+
 def left_alone() -> bool:
     staging = Staging(lambda tensor: tensor.is_cuda)
     before = vars(dist.ProcessGroup)["allreduce"]
@@ -313,3 +330,26 @@ def test_the_launcher_gives_megatron_lm_a_gpu_that_is_there(monkeypatch: pytest.
 
     assert os.environ["LOCAL_RANK"] == "1"
     staging.install.assert_called_once_with()
+
+
+# --- without Transformer Engine -------------------------------------------------------------------------------------
+
+
+def mended() -> tuple[bool, bool, list[str]]:
+    """Whether the router's linear knows that there is no such product, before and after; and what was replaced."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from hp_plugin import cpu_backend
+
+    before = hasattr(moe_utils, "te_general_gemm")
+    cpu_backend.mend_missing_packages()
+    cpu_backend.mend_missing_packages()
+    return before, hasattr(moe_utils, "te_general_gemm"), [hook.name for hook in cpu_backend.PACKAGE_HOOKS]
+
+
+def test_a_machine_with_cuda_is_mended_where_transformer_engine_is_missing() -> None:
+    pools = Ranks()  # of their own: nothing there has enabled the CPU backend
+    try:
+        assert pools.run(1, mended) == [(False, True, ["__init__", "router_gating_linear"])]
+    finally:
+        pools.close()
