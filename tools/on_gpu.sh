@@ -35,20 +35,24 @@ needed='megatron.core numpy packaging psutil pytest pytest_timeout hypothesis'
 missing() { "$1" -c 'import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n.split(".")[0]) is None])' $needed; }
 lacking=$(missing "$python")
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
 if [[ -n $lacking ]]; then
     [[ -n $wheels ]] || fail "$python lacks $lacking: give a folder of wheels with --wheels DIR"
-    # Beside the Python's own packages, torch among them, which stay as they are.
-    [[ -x $out/venv/bin/python ]] || "$python" -m venv --system-site-packages "$out/venv"
+    # Beside the Python's own packages, which stay as they are.
     wanted=' megatron-core pytest pytest-timeout iniconfig pluggy pygments hypothesis sortedcontainers '
     for name in numpy packaging psutil; do [[ " $lacking " != *" $name "* ]] || wanted+="$name "; done
+    found=()
     for wheel in "$wheels"/*.whl; do
         name=$(basename "$wheel" | cut -d- -f1 | tr '[:upper:]_' '[:lower:]-')
-        [[ $wanted != *" $name "* ]] || "$out/venv/bin/python" -m pip install --quiet --no-index --no-deps "$wheel" || true
+        [[ $wanted != *" $name "* ]] || found+=("$wheel")
     done
-    python=$out/venv/bin/python
+    rm -rf "$out/packages"
+    "$python" -m pip install --quiet --no-index --no-deps --target "$out/packages" ${found[@]+"${found[@]}"} >&2 ||
+        fail "$("$python" --version) cannot install from $wheels"
+    export PYTHONPATH=$out/packages
     lacking=$(missing "$python")
     [[ -z $lacking ]] || fail "$wheels lacks $lacking for $("$python" --version)"
 fi
-export PYTHONPATH=$root OMP_NUM_THREADS=1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
 cd "$root"
 exec "$python" -m hp_plugin.bench.gpu.stages --out "$out" ${options[@]+"${options[@]}"}

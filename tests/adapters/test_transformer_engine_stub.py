@@ -20,6 +20,12 @@ EQUAL = [
     *("batch, biases in QKV", "4x1", "batch, full recompute", "batch, window", "batch, FP8", "scores, FP8"),
     "batch, d = 260, fused",
 ]
+# What differs between releases: arguments of linears and attention, rotary kernels, FP8's states.
+ELSEWHERE = ["batch, fused rotary", "scores, norms", "batch, FP8"]
+LINEARS = [
+    *("HeadDimTELayerNormColumnParallelLinear", "HeadDimTERowParallelLinear"),
+    *("TELayerNormColumnParallelLinear", "TERowParallelLinear"),
+]
 BROKEN = {
     # What is passed wrongly, and what the stub says of it as Transformer Engine would.
     "wrong group": "Keys and values must have 0 heads! Found 1.",
@@ -46,7 +52,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "TE_STUB_VERSION": request.param,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command += ["tests/adapters/te_ranks.py", str(result)]
+    command += ["tests/adapters/te_ranks.py", str(result), *([] if request.param == VERSIONS[-1] else ELSEWHERE)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     results: dict[str, Any] = json.loads(result.read_text("utf-8"))
@@ -57,13 +63,15 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_losses_and_gradients_are_those_of_one_stock_rank(found: dict[str, Any], name: str) -> None:
+    if name not in ELSEWHERE and found["version"] != VERSIONS[-1]:
+        pytest.skip("beside the newest release")
     outcome = found[f"equal: {name}"]
     assert "raised" not in outcome, outcome["trace"]
     assert outcome["losses"] < FP32 and outcome["gradients"][1] < FP32, outcome
     if "FP8" in name:
         # The amax of all four linears of a layer, over every rank of the grid; attention only where it is the stub's.
-        core = ["DotProductAttention"] if name.startswith("batch") else []
-        assert outcome["fp8 modules"] == [*core, "LayerNormLinear", "Linear"] and outcome["fp8 group"] == [4]
+        core = ["HeadDimTEDotProductAttention"] if name.startswith("batch") else []
+        assert outcome["fp8 modules"] == [*core, *LINEARS] and outcome["fp8 group"] == [4]
     assert (outcome["fused calls"] > 0) == ("fused" in name.split(", ") and "260" in name)
 
 

@@ -78,7 +78,8 @@ def pretrain(cache: str, losses: Path, on_cpu: bool, flags: str) -> dict[str, fl
         "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 4 --lr 3e-3 "
         "--global-batch-size 8 --attention-dropout 0 --hidden-dropout 0 --seed 1 --distributed-backend gloo"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += ["examples/pretrain_gpt.py", *model.split(), *flags.split(), "--data-cache-path", cache]
