@@ -40,11 +40,12 @@ def test_every_layout_of_the_sources_models_is_replayed(shard: tuple[dict[str, A
     result, _ = shard
     for rows in result["rows"].values():
         ran = [row for row in rows if "measured_s" in row]
-        assert len(rows) == 2 + 4 * 4 and len(ran) >= 10
+        assert len(rows) == 2 + 4 * 4 and len(ran) >= 14, [row for row in rows if row not in ran]
         assert {row["layout"].split(",")[0] for row in ran} >= {"tp=8", "tp=16", "grid=8x2", "grid=4x4", "grid=1x16"}
         for row in ran:
             for one in ("forward", "backward"):
-                assert row["measured_s"][one].keys() == {"products", "attention", "memory"}
+                kinds = {"products", "memory"} | ({"attention"} if "exchange=scores" not in row["layout"] else set())
+                assert row["measured_s"][one].keys() == kinds
                 assert min(row["measured_s"][one].values()) >= 0 < row["planned_s"]["this device"][one]
 
 

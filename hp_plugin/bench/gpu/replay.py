@@ -21,12 +21,13 @@ from hp_plugin.refusal import RefusedError
 EXCHANGES = tuple(name for name, rule in RULES.items() if rule.exact)
 
 
-def layouts(ranks: int, micro_batch: int) -> list[str]:
-    """The source's baseline, stock at full TP, and every grid of as many ranks."""
-    found = [f"tp={ranks // 2},pp=2,mbs={micro_batch}", f"tp={ranks},mbs={micro_batch}"]
+def layouts(ranks: int, micro_batch: int, experts: bool) -> list[str]:
+    """The source's baseline, stock at full TP, and every grid of as many ranks; experts are DeepSpeed-MoE's, over 8."""
+    beside = f",mbs={micro_batch}" + (",moe=deepspeed,ep=8" if experts else "")
+    found = [f"tp={ranks // 2},pp=2{beside}", f"tp={ranks}{beside}"]
     m = ranks // 2
     while m:
-        found += [f"grid={m}x{ranks // m},exchange={name},mbs={micro_batch}" for name in EXCHANGES]
+        found += [f"grid={m}x{ranks // m},exchange={name}{beside}" for name in EXCHANGES]
         m //= 2
     return found
 

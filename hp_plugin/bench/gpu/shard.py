@@ -43,16 +43,11 @@ def main() -> None:
     )
     machines = {"this device": load_hardware(str(args.machine)), LINKS: load_hardware(LINKS)}
     length, micro_batch, batch = (32, 4, 64) if args.dry_run else (SEQUENCE, MICRO_BATCH, BATCH)
-    rows = {
-        name: replayed(
-            bench,
-            _small(name) if args.dry_run else load_model(name),
-            Workload("train", length, batch, bench.dtype.itemsize, bench.dtype.itemsize),
-            layouts(RANKS, micro_batch),
-            machines,
-        )
-        for name in MODELS
-    }
+    workload = Workload("train", length, batch, bench.dtype.itemsize, bench.dtype.itemsize)
+    rows = {}
+    for name in MODELS:
+        model = _small(name) if args.dry_run else load_model(name)
+        rows[name] = replayed(bench, model, workload, layouts(RANKS, micro_batch, model.experts > 0), machines)
     count = 2**10 if args.dry_run else OPTIMIZER_PARAMETERS
     slices = (length * micro_batch, 3, 4, 16 if args.dry_run else 128)
     copied = 2 * bench.dtype.itemsize * slices[0] * slices[1] * slices[2] * slices[3]
