@@ -42,7 +42,7 @@ def main() -> None:
         json.dumps(machine_description(bench, TINY if args.dry_run else FULL), indent=1) + "\n", "utf-8"
     )
     machines = {"this device": load_hardware(str(args.machine)), LINKS: load_hardware(LINKS)}
-    length, micro_batch, batch = (32, 4, 64) if args.dry_run else (SEQUENCE, MICRO_BATCH, BATCH)
+    length, micro_batch, batch = (32, 16, 64) if args.dry_run else (SEQUENCE, MICRO_BATCH, BATCH)
     workload = Workload("train", length, batch, bench.dtype.itemsize, bench.dtype.itemsize)
     rows = {}
     for name in MODELS:
