@@ -69,3 +69,10 @@ def test_sixteen_ranks_of_tensor_parallelism_stay_in_one_domain(name: str) -> No
     inside = predict(model, layout, workload, load_hardware(name))
     across = predict(model, layout, workload, load_hardware("h100-ib"))
     assert inside.tpot < across.tpot
+
+
+def test_a_machine_may_say_that_few_tiles_cost_nothing() -> None:
+    shape = {"tile_rows": 1, "half_waves": 0.0, "reference_waves": 1.0}
+    assert description.attention_kernels({"occupancy": shape, "kernels": {}}, 4) == {}
+    with pytest.raises(ValueError, match="half_waves must be a positive number"):
+        description.attention_kernels({"occupancy": shape | {"half_waves": -1.0}, "kernels": {}}, 4)

@@ -71,7 +71,10 @@ def table(what: str, reference: object, folder: Path | None) -> Any:
 
 def attention_kernels(given: Mapping[str, Any], multiprocessors: int) -> dict[str, AttentionKernel]:
     """The kernels of an attention table on a GPU with `multiprocessors`."""
-    shape = {name: positive(given["occupancy"][name], name) for name in ("tile_rows", "half_waves", "reference_waves")}
+    found = given["occupancy"]
+    shape = {name: positive(found[name], name) for name in ("tile_rows", "reference_waves")}
+    # 0: as fast on any number of tiles, as machines say that measure themselves.
+    shape["half_waves"] = 0.0 if found["half_waves"] == 0 else positive(found["half_waves"], "half_waves")
     occupancy = Occupancy(
         max(1, int(shape["tile_rows"])), shape["half_waves"], shape["reference_waves"], multiprocessors
     )
