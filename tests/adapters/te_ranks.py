@@ -95,6 +95,8 @@ def ended(body: Callable[[], Any]) -> Any:
     except Exception as error:
         return {"raised": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
     finally:
+        # A body fails on all ranks, but not at once: a group is not to end under those that still join it.
+        dist.barrier()
         FP8GlobalStateManager.reset()
         _tear_down_megatron()
         destroy_groups_but(dist.group.WORLD)
