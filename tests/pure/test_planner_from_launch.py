@@ -193,3 +193,10 @@ def test_reliefs_are_the_changes_that_free_most() -> None:
     assert [each.memory.total for each in helping if each.flags == "--use-distributed-optimizer"] in (
         [], [optimizer.memory.total]
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["context-parallel-size", "make-vocab-size-divisible-by", "num-attention-heads"])
+def test_sizes_of_nothing_are_refused_by_their_flag(flag: str) -> None:
+    line = "torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 4 --hidden-size 64 --num-attention-heads 4"
+    with pytest.raises(ValueError, match=f"--{flag} must be at least 1, got 0"):
+        read_launch(f"{line} --seq-length 64 --micro-batch-size 2 --{flag} 0".split())

@@ -56,7 +56,7 @@ NUMBERS = st.one_of(
     st.sampled_from(
         ["1000000001", "10000000000000", "9" * 400, "9" * 5000, "1e999", "nan", "inf", "-inf", "1.5", "", "0x10"]
     ),
-    st.sampled_from(["٣", "true", "none", "x" * 5000, "4,4", "4x4", "1e-320"]),
+    st.sampled_from(["9" * 50, "٣", "true", "none", "x" * 5000, "4,4", "4x4", "1e-320"]),
 )
 VALUES: st.SearchStrategy[Any] = st.one_of(
     st.integers(-2, 64),
@@ -100,7 +100,7 @@ def step(
 FIELDS = [field.name for field in fields(ModelShape)] + ["typo", "", "d" * 4000]
 
 
-@examples(150)
+@examples(300)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), NUMBERS), max_size=5), st.booleans())
 def test_models_in_words(pairs: list[tuple[str, str]], shipped: bool) -> None:
     base = "qwen2.5-3b" if shipped else "layers=4,D=64,h=4"
@@ -296,7 +296,7 @@ FLAGS += [
 ]
 
 
-@examples(150)
+@examples(400)
 @given(st.lists(st.tuples(st.sampled_from(FLAGS), NUMBERS | WORDS), max_size=5))
 def test_launch_lines(pairs: list[tuple[str, str]]) -> None:
     line = "torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 4 --hidden-size 64 --num-attention-heads 4"

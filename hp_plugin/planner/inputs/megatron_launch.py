@@ -114,6 +114,10 @@ def _parsed(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         given, others = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise ValueError(first_reasons(f"--from-launch: {error}")) from None
+    for name, default in _INTEGERS.items():
+        value, least = getattr(given, name.replace("-", "_")), 0 if default == 0 else 1
+        if value is not None and value < least:
+            raise ValueError(f"--from-launch: --{name} must be at least {least}, got {shown(value)}")
     said = [other.lstrip("-").partition("=")[0] for other in others if other.startswith("--")]
     for name, what in _NOT_PLANNED.items():
         if name in said and "vanilla" not in others:

@@ -104,7 +104,8 @@ class ModelShape:
                 f"{self.norm_epsilon:g} and rotary_scaling={self.rotary_scaling:g} are not negative"
             )
         if self.layers > MAX_LAYERS:
-            raise ValueError(f"model {self.name}: {self.layers} layers; models of up to {MAX_LAYERS} are planned")
+            said = f"{shown(self.layers)} layers; models of up to {MAX_LAYERS} are planned"
+            raise ValueError(f"model {self.name}: {said}")
         if self.h % self.g:
             raise ValueError(f"model {self.name}: h={self.h} query heads are no multiple of g={self.g} key/value heads")
         if self.experts and self.top_k > self.experts:
