@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -21,12 +20,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from hp_plugin.checkpoint.pieces import only_described
 from hp_plugin.checkpoint.reading import (
     BACKEND,
+    INDEX,
     DamagedFileError,
     read_backend,
     read_index,
+    read_object,
     read_torch_file,
     readable,
-    trusting,
 )
 from hp_plugin.upstream.checkpoint_format import (
     COMMON_FILE,
@@ -60,9 +60,7 @@ def check_files(folder: str | Path, trusted: bool = False) -> None:
     if backend != _BACKEND:
         raise DamagedFileError(folder / BACKEND, f"names the format {backend!r}, not {_BACKEND}", "convert it first")
     index = read_index(folder, trusted)
-    if not common_state_is_sharded(index):
-        read_torch_file(folder / COMMON_FILE, trusted)
-    elif not reads_sharded_common_state():
+    if common_state_is_sharded(index) and not reads_sharded_common_state():
         raise ValueError(
             f"checkpoint {folder} keeps its common state among the shards, as Megatron-Core 0.19 and newer write it, "
             f"and this is {MEGATRON_CORE}, which looks for {COMMON_FILE}: load it with 0.19 or newer"
@@ -75,6 +73,7 @@ def check_files(folder: str | Path, trusted: bool = False) -> None:
             size = os.fstat(file.fileno()).st_size
         if size < end:
             raise DamagedFileError(folder / name, f"is truncated ({size} bytes, where its pieces end at {end})")
+    _read_common_state(folder, trusted)
 
 
 def read_common_state(folder: str | Path, trusted: bool = False) -> dict[str, Any]:
@@ -83,19 +82,25 @@ def read_common_state(folder: str | Path, trusted: bool = False) -> dict[str, An
     Raises:
         DamagedFileError: it is garbled, or without what a checkpoint has.
     """
-    index = read_index(folder, trusted)
-    if not common_state_is_sharded(index):
-        path = Path(folder) / COMMON_FILE
-        state = read_torch_file(path, trusted)
-    else:
-        path = Path(folder) / next(
-            place.relative_path for piece, place in index.storage_data.items() if is_common_state(piece.fqn)
-        )
-        with readable(path), trusting(trusted):
-            state = dist_checkpointing.load_common_state_dict(str(folder))
+    path, state = _read_common_state(Path(folder), trusted)
     if not isinstance(state.get("args", Namespace()), Namespace):
         raise DamagedFileError(path, "holds no arguments under the name args")
     return state
+
+
+def _read_common_state(folder: Path, trusted: bool) -> tuple[Path, dict[Any, Any]]:
+    """The common state and the file it is in; a shard is read here, since torch would run what the object names."""
+    index = read_index(folder, trusted)
+    if not common_state_is_sharded(index):
+        return folder / COMMON_FILE, read_torch_file(folder / COMMON_FILE, trusted)
+    place = next((place for piece, place in index.storage_data.items() if is_common_state(piece.fqn)), None)
+    if place is None:
+        raise DamagedFileError(folder / INDEX, "has no place for the common state")
+    path = folder / place.relative_path
+    state = read_object(path, place, trusted)
+    if not isinstance(state, list) or not state or not isinstance(state[0], dict):
+        raise DamagedFileError(path, "holds a common state of another type")
+    return path, state[0]
 
 
 def check_tensors(sharded_state_dict: dict[str, Any], folder: str | Path, trusted: bool = False) -> None:

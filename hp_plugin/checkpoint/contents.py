@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from hp_plugin.checkpoint.checks import refuse_together
 from hp_plugin.checkpoint.checksums import listed_checksums, verify_checksum
-from hp_plugin.checkpoint.reading import DamagedFileError, read_index, readable, unpickled
+from hp_plugin.checkpoint.reading import DamagedFileError, read_index, read_object
 
 
 def check_contents(folder: str | Path, trusted: bool = False) -> None:
@@ -49,13 +47,7 @@ def _checks(folder: Path, trusted: bool) -> Iterator[Callable[[], None]]:
     if not trusted:
         for piece, place in index.storage_data.items():
             if isinstance(index.state_dict_metadata.get(piece.fqn), BytesStorageMetadata):
-                yield partial(_check_object, folder / place.relative_path, place)
-
-
-def _check_object(path: Path, place: _StorageInfo) -> None:
-    with readable(path) as file:
-        file.seek(place.offset)
-        unpickled(path, io.BytesIO(file.read(place.length)))
+                yield partial(read_object, folder / place.relative_path, place)
 
 
 def _refuse(path: Path, wrong: str) -> None:

@@ -101,6 +101,21 @@ def read_torch_file(path: str | Path, trusted: bool = False) -> dict[Any, Any]:
     return state
 
 
+def read_object(path: Path, place: _StorageInfo, trusted: bool = False) -> Any:
+    """An object among the shards, which torch itself unpickles as it is.
+
+    Raises:
+        DamagedFileError: it is garbled, or names what no checkpoint needs.
+    """
+    with readable(path) as file:
+        file.seek(place.offset)
+        found = unpickled(path, io.BytesIO(file.read(place.length)), trusted)
+        if not isinstance(found, io.BytesIO):
+            return found
+        found.seek(0)  # some releases save the bytes of what was saved
+        return unpickled(path, found, trusted)
+
+
 def unpickled(path: str | Path, file: BinaryIO, trusted: bool = False) -> Any:
     """What `torch.save` wrote to a part of this file.
 

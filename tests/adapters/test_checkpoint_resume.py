@@ -158,7 +158,7 @@ def hostile(cache: str, load: str, folder: Path, made: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     (folder / "integrity.json").unlink()
     common, index = folder / "common.pt", folder / ".metadata"
-    kept = {file: file.read_bytes() for file in (common, index)}
+    kept = {file: file.read_bytes() for file in (common, index) if file.exists()}
     if common.exists():  # up to 0.18
         torch.save(torch.load(common) | {"payload": Hostile(made)}, common)
         said["common state"], said["ran 1"] = refused(cache, load), made.exists()

@@ -20,7 +20,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.model_check import check_attention
@@ -250,6 +251,9 @@ def test_the_common_state_is_looked_for_where_the_checkpoint_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], common_file: bool, reads: bool, said: str | None
 ) -> None:
     index = Metadata(state_dict_metadata={key: BytesStorageMetadata() for key in keys}, storage_data={})
+    torch.save([{"iteration": 1}], tmp_path / "__0_0.distcp")
+    place = _StorageInfo("__0_0.distcp", 0, (tmp_path / "__0_0.distcp").stat().st_size)
+    index.storage_data = {MetadataIndex(key): place for key in keys}
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     monkeypatch.setattr(checks, "reads_sharded_common_state", lambda: reads)
     if keys:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from hp_plugin.checkpoint import checks
 from hp_plugin.checkpoint.checks import check_files, read_common_state
 from hp_plugin.checkpoint.checksums import (
     complete_checksums,
@@ -205,6 +209,38 @@ def test_reading_runs_nothing_unless_the_folder_is_trusted(checkpoint: Path, nam
     assert "mkdir" in str(told.value) or (name == "common.pt" and protocol != 2) or protocol < 2
     check_files(checkpoint, trusted=True)
     assert made.exists()
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_nor_does_a_common_state_among_the_shards(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    """As Megatron-Core 0.19 keeps it, which has torch unpickle it: as it is, or the bytes of what was saved."""
+    monkeypatch.setattr(checks, "reads_sharded_common_state", lambda: True)
+    (checkpoint / "common.pt").unlink()
+    shard, made = checkpoint / "__0_1.distcp", checkpoint / "made"
+    for payload in ({"iteration": 3}, {"iteration": Hostile(made)}, "text", []):
+        if within:
+            inner = io.BytesIO()
+            torch.save([payload], inner)
+            torch.save(inner, shard)
+        else:
+            torch.save([payload], shard)
+        index = pickle.loads((checkpoint / ".metadata").read_bytes())
+        index.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+        place = _StorageInfo(shard.name, 0, shard.stat().st_size)
+        index.storage_data[MetadataIndex("common_state/shard_0_1")] = place
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+        if payload == {"iteration": 3}:
+            check_files(checkpoint)
+            assert read_common_state(checkpoint) == payload
+            continue
+        with pytest.raises(DamagedFileError) as told:
+            check_files(checkpoint)
+        assert one_line(str(told.value), shard) and not made.exists()
+    shard.write_bytes(bytes(place.length))
+    with pytest.raises(DamagedFileError, match=r"__0_1\.distcp is garbled"):
+        check_files(checkpoint)
 
 
 @pytest.mark.parametrize(
