@@ -14,6 +14,7 @@ from hp_plugin import __version__
 COMMANDS = {
     "compare": ("hp_plugin.commands.compare", "measure stock and grid layouts of a model side by side on this machine"),
     "plan": ("hp_plugin.commands.plan", "predict speed, communication time and memory of every layout of a model"),
+    "generate": ("hp_plugin.commands.generate", "go on from prompts with a checkpoint of the trainer, on any layout"),
     "patch": ("hp_plugin.commands.patch", "make a Megatron-LM tree take --head-dim-parallel by itself, or no longer"),
     "doctor": (
         "hp_plugin.commands.doctor",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -61,8 +63,14 @@ def mlp_width(config: TrainingConfig) -> int:
     return 4 * config.hidden_size if not config.swiglu else max(64, 8 * config.hidden_size // 3 // 64 * 64)
 
 
-def build_transformer_config(config: TrainingConfig, world_size: int | None = None) -> TransformerConfig:
+def build_transformer_config(
+    config: TrainingConfig, world_size: int | None = None, cached: Sequence[tuple[int, int, int]] = ()
+) -> TransformerConfig:
     """The model's configuration for `world_size` ranks (default: those of this run); needs no process group.
+
+    Args:
+        cached: to generate instead of train, every kind of pass beside a key/value cache: its tokens, its sequences,
+            and the tokens of each in the cache behind it.
 
     Raises:
         ValueError: Megatron-Core or the grid refuses the combination.
@@ -106,30 +114,38 @@ def build_transformer_config(config: TrainingConfig, world_size: int | None = No
         kind = HeadDimTransformerConfig
         settings |= {
             "head_dim_parallel": config.head_dim,
+        }
+    if config.head_dim is not None and not cached:
+        settings |= {
             "micro_batch_size": config.micro_batch_size,
             "seq_length": config.seq_length // config.context_parallel_size,
         }
     try:
-        transformer_config = kind(**_known(kind, settings))
+        with warnings.catch_warnings():
+            if cached:  # for training it would be right: here ranks of one group may have the same tokens
+                warnings.filterwarnings("ignore", "When using expert parallelism and tensor parallelism for training")
+            transformer_config = kind(**_known(kind, settings))
     except AssertionError as refusal:
         raise ValueError(f"Megatron-Core refuses this model: {refusal}") from refusal
     if config.head_dim is not None:
-        _check_exchange(config, transformer_config)
+        training = (config.seq_length // config.context_parallel_size, config.micro_batch_size, 0)
+        for s, b, cache in cached or [training]:
+            _check_exchange(config, transformer_config, s, b, cache)
     check_mixture(config, transformer_config, world_size or find_world_size())
     return transformer_config
 
 
-def _check_exchange(config: TrainingConfig, transformer_config: TransformerConfig) -> None:
+def _check_exchange(config: TrainingConfig, transformer_config: TransformerConfig, s: int, b: int, cache: int) -> None:
     """Refuses what the exchange cannot rotate or carry: only here are rotary settings and sequence known together."""
     rotary = int(transformer_config.kv_channels * config.rotary_percent)
     shape = attention_shape(
         transformer_config,
         config.head_dim,
-        config.micro_batch_size,
-        config.seq_length // config.context_parallel_size,
+        b,
+        s,
         rotary=rotary if config.position_embedding_type == "rope" else 0,
     )
-    config.head_dim.check_shape(shape)
+    config.head_dim.check_shape(replace(shape, cache=cache))
 
 
 def build_layer_spec(config: TrainingConfig, transformer_config: TransformerConfig, chunk: int | None = None) -> Any:

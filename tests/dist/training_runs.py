@@ -20,7 +20,7 @@ from hp_plugin.training.initialization import initialize_parameters, named_globa
 from hp_plugin.training.model import build_gpt
 from tests.ranks import destroy_groups_but
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 4 "
     "--global-batch-size 8 --lr 3e-3 --attention-dropout 0 --hidden-dropout 0 --seed 1 --train-iters 20 "
@@ -28,8 +28,8 @@ SMALL = (
 )
 
 
-def example() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("pretrain_gpt", EXAMPLE)
+def example(name: str = "pretrain_gpt") -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -49,7 +49,7 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
     ],
     3: [("attention",)],
     4: [("megatron_lm", "deepspeed_adapter")],
-    5: [("training", "launch")],
+    5: [("training", "launch"), ("generation",)],
     6: [("bench", "compare.entries"), ("compare.ranks",), ("compare.rates",), ("compare.report",), ("compare",)],
     7: [("commands",), ("megatron_adapter", "cost")],
 }
