@@ -3,6 +3,10 @@
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import pytest
@@ -132,3 +136,34 @@ def test_what_no_cache_fits_is_refused_with_a_way_out(ranks: Ranks) -> None:
     assert all("10 sequences behind 0 do not fit into a key/value cache of 8" in said for said in many)
     other = ranks.run(4, refusal, Case(2, 2, "auto", **GQA, b=4), 3, 1, 2)
     assert all("the parts of a batch must be all divisible" in said for said in other)
+
+
+def stock_holds(case: Case) -> int:
+    """Bytes that a rank of stock's tensor parallelism caches, beyond the key/value heads."""
+    cpu_backend.enable()
+    parallel_state.initialize_model_parallel(4)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=case.hidden,
+        num_attention_heads=case.h,
+        num_query_groups=case.g,
+        kv_channels=case.d,
+        tensor_model_parallel_size=4,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+    )
+    model_parallel_cuda_manual_seed(1)
+    attention = get_gpt_layer_local_spec().submodules.self_attention
+    module = build_module(attention, config=config, layer_number=1, pg_collection=None).eval()
+    cache = StaticInferenceContext(case.b, case.s)
+    with torch.no_grad():
+        module(torch.zeros(case.s, case.b, case.hidden), None, inference_context=cache)
+    parallel_state.destroy_model_parallel()
+    return held(cache)
+
+
+def test_stock_caches_whole_heads_and_the_grid_an_nth_of_them(ranks: Ranks) -> None:
+    case = Case(2, 2, "batch", h=4, g=2, d=8, s=8, b=2)
+    whole = 2 * 4 * case.s * case.b * case.g * case.d
+    assert ranks.run(4, stock_holds, case) == [whole // 2] * 4
+    assert [size for _, size in ranks.run(4, pieces, case, 7, 1)] == [whole // 4] * 4
