@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from hp_plugin.compare.entries.catalogue import MODELS, CatalogueModel, catalogue_model
+from hp_plugin.compare.entries.decoding import check_decodes
 from hp_plugin.compare.entries.entrant import Entrant, NotPossibleError, enter, smallest_world
-from hp_plugin.compare.entries.suites import MODES, SUITES, Comparison
+from hp_plugin.compare.entries.suites import DECODE, MODES, SUITES, Comparison
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.report.figure import draw
 from hp_plugin.compare.report.page import check_page, load_reports, put_into
@@ -30,7 +31,7 @@ def compare(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an option, model or layout that cannot run.
     """
-    for name in ("ranks", "steps", "rounds", "global_batch"):
+    for name in ("ranks", "steps", "rounds", "global_batch", "context"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -61,7 +62,7 @@ def _comparisons(args: argparse.Namespace) -> tuple[Comparison, ...]:
         return (Comparison(args.model, tuple(args.layouts), MODES[args.mode or "train"]),)
     if args.layouts:
         raise ValueError(f"--suite {args.suite} has its own layouts: give --model with --layouts")
-    return tuple(replace(one, modes=MODES[args.mode or "both"]) for one in SUITES[args.suite])
+    return tuple(replace(one, modes=MODES[args.mode] if args.mode else one.modes) for one in SUITES[args.suite])
 
 
 def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
@@ -75,9 +76,14 @@ def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
         raise ValueError("--layouts: one is given twice")
     ranks = args.ranks or smallest_world(texts)
     entrants, impossible = _enter(model, texts, ranks)
+    if DECODE in comparison.modes:
+        if args.predict or args.trace:
+            raise ValueError("--mode decode has neither --predict nor --trace: leave them out")
+        for entrant in entrants:
+            check_decodes(entrant, args.context, ranks)
     name = comparison.model if comparison.model in MODELS else Path(comparison.model).stem
     job = Job(name, model.scale, tuple(entrants), impossible, comparison.modes, args.steps, args.rounds)
-    return replace(job, out=args.out / name, trace=args.trace, predict=args.predict), ranks
+    return replace(job, out=args.out / name, trace=args.trace, predict=args.predict, context=args.context), ranks
 
 
 def _enter(model: CatalogueModel, texts: list[str], ranks: int) -> tuple[list[Entrant], dict[str, str]]:

@@ -10,9 +10,16 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from hp_plugin.compare.entries.suites import DECODE
 from hp_plugin.compare.job import Job
-from hp_plugin.compare.ranks.gate import measure_losses, measure_twin_losses, require_equal_losses, tolerance
-from hp_plugin.compare.ranks.timing import timed, traced
+from hp_plugin.compare.ranks.gate import (
+    measure_decode_loss,
+    measure_losses,
+    measure_twin_losses,
+    require_equal_losses,
+    tolerance,
+)
+from hp_plugin.compare.ranks.timing import timed, timed_decoding, traced
 from hp_plugin.compare.rates.machine import describe_machine, write_machine
 from hp_plugin.compare.results import Results, write_report
 from hp_plugin.planner.machine.hardware import load_hardware
@@ -38,8 +45,10 @@ def run_rank(job: Job) -> None:
         for number in range(job.rounds):
             for entrant in job.entrants:
                 _say(f"round {number + 1} of {job.rounds}: {entrant.name}")
-                for mode, samples in timed(entrant, job.modes, job.steps).items():
+                for mode, samples in timed(entrant, job.training_modes, job.steps).items():
                     results.samples[mode][entrant.name] += samples
+                if job.decodes:
+                    results.samples[DECODE][entrant.name] += timed_decoding(entrant, job.context, job.steps)
             if dist.get_rank() == 0:
                 write_report(results, complete=number + 1 == job.rounds and not job.trace)
         if job.trace:
@@ -60,7 +69,8 @@ def pass_gate(job: Job, results: Results) -> None:
     reference = next((entrant for entrant in job.entrants if entrant.exact), first)
     for entrant in job.entrants:
         _say(f"loss of {entrant.name}")
-        results.losses[entrant.name] = measure_losses(entrant, training)
+        found = measure_losses(entrant, training) if job.training_modes else []
+        results.losses[entrant.name] = [*found, *([measure_decode_loss(entrant)] if job.decodes else [])]
     for entrant in job.entrants:
         found, limit = results.losses[entrant.name], tolerance(entrant.config)
         if entrant.exact:
@@ -74,7 +84,7 @@ def pass_gate(job: Job, results: Results) -> None:
 
 def _trace(job: Job) -> None:
     for number, entrant in enumerate(job.entrants):
-        for mode in job.modes:
+        for mode in job.training_modes:
             _say(f"trace of {entrant.name}, {mode}")
             traced(entrant, mode, job.trace_path(number, mode))
 

@@ -30,6 +30,8 @@ from hp_plugin.compare.report.planner_columns import prediction_rows, winners
 from hp_plugin.compare.results import Results
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.batch.strategy import BatchExchange
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -74,6 +76,10 @@ def test_a_layout_with_another_loss_is_not_timed() -> None:
         (["--layouts", "tp=1", "--predict"], "takes at least 2 ranks"),
         (["--layouts", "tp=4", "--into", "nowhere.md"], "--into nowhere.md: no such file"),
         ([], "--model needs --layouts"),
+        (["--layouts", "tp=2,pp=2", "--mode", "decode"], "leave out pp, cp and sp"),
+        (["--layouts", "grid=2x2,exchange=local", "--mode", "decode"], "compares exact layouts"),
+        (["--layouts", "grid=2x2,exchange=scores", "--mode", "decode"], "has no key/value cache"),
+        (["--layouts", "tp=2", "--mode", "decode", "--context", "0"], "--context must be positive, got 0"),
     ],
 )
 def test_bad_input_is_refused_before_ranks_start(
@@ -160,6 +166,27 @@ def test_stock_and_grid_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert all(f"| {name}" in table and name in shown for name in layouts) and "another function" in table
     assert page.read_text().startswith("above\n") and page.read_text().endswith("\nbelow\n")
     assert "| grid=1x2,exchange=local ≠ |" in page.read_text() and "old" not in page.read_text()
+
+
+def test_decode_steps_behind_cached_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    layouts = ["tp=4", "grid=2x2", "grid=2x2,exchange=sequence"]
+    report = run(tmp_path, *QUICK, "--mode", "decode", "--context", "40", "--layouts", *layouts)
+    (found,) = report["modes"].values()
+    stock, by_sequences, by_tokens = found.values()
+    # Two layers, 8 sequences of 40 + 8 tokens, keys and values of 2 heads of 8 in fp32; stock holds each head twice.
+    whole = 2 * 8 * 48 * 2 * 2 * 8 * 4
+    assert [one["cache_bytes"] for one in found.values()] == [whole // 2, whole // 4, whole // 4]
+    assert by_sequences["losses"] == pytest.approx(stock["losses"], rel=1e-4) and len(stock["losses"]) == 1
+    assert by_tokens["losses"] == pytest.approx(stock["losses"], rel=1e-4)
+    for one in found.values():
+        assert one["context"] == 40 and one["tpot_ms"]["median"] < 1e3 * one["step_s"]["median"]
+        assert one["tokens_per_s"]["median"] == pytest.approx(8 / one["step_s"]["median"])
+    # What the rules say of one token, beside stock's all-reduces.
+    shape = AttentionShape(s=1, b=8, h=8, g=2, d=8, m=2, n=2, cache=48)
+    for one, name in ((by_sequences, "batch"), (by_tokens, "sequence")):
+        sent = sum(size for key, size in one["sent_bytes_per_token"].items() if key.startswith("dim/"))
+        assert sent == pytest.approx(2 * RULES[name].bytes(shape, 4) / 8)
+    assert "ms per token" in capfd.readouterr().out
 
 
 def test_experts_of_both_backends_and_what_stock_cannot_do(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MODES = {"forward": ("forward",), "train": ("train",), "both": ("forward", "train")}
+DECODE = "decode"
+MODES = {"forward": ("forward",), "train": ("train",), "both": ("forward", "train"), DECODE: (DECODE,)}
 """What is timed, by the word of `--mode`."""
 
 
@@ -46,9 +47,17 @@ _KV_HEADS = (
     Comparison("few-heads", ("grid=4x2", "tp=8", "tp=4,dp=2")),
 )
 
+# Prompts are cached, tokens are counted one at a time: no pipeline, since each would wait for the one before.
+_DECODE = (
+    Comparison("paper-dense", ("tp=16", "grid=8x2", "grid=4x4"), (DECODE,)),
+    Comparison("qwen2.5-like", ("tp=8", "grid=2x4", "grid=2x4,exchange=sequence"), (DECODE,)),
+    Comparison("mqa", ("tp=8", "grid=1x8", "grid=1x8,exchange=sequence"), (DECODE,)),
+)
+
 SUITES: dict[str, tuple[Comparison, ...]] = {
     "paper-dense": (_PAPER,),
     "paper-moe": (_PAPER_MOE,),
     "kv-heads": _KV_HEADS,
+    "decode": _DECODE,
     "all": (_PAPER, _PAPER_MOE, *_KV_HEADS),
 }

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from hp_plugin.compare.entries.decoding import GATE_CONTEXT
 from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.ranks.decode import decoding
 from hp_plugin.compare.ranks.running import batches, built, everywhere
 from hp_plugin.exchange.rules import AUTO
 from hp_plugin.grid.ranks import DIM_INNERMOST
@@ -28,6 +30,13 @@ def measure_losses(entrant: Entrant, training: bool) -> list[float]:
     """The loss of the first batch; in training also the one after a step, which a wrong gradient would change."""
     with built(_sensitive(entrant.config)) as trainer:
         return _losses(trainer, training)
+
+
+def measure_decode_loss(entrant: Entrant) -> float:
+    """The loss of tokens behind short prompts, read one at a time beside the cache."""
+    config = _sensitive(entrant.config)
+    with decoding(entrant, GATE_CONTEXT, config.init_method_std) as decoder:
+        return decoder.loss()
 
 
 def measure_twin_losses(entrant: Entrant, training: bool) -> list[float]:

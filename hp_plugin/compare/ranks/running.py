@@ -21,11 +21,17 @@ from hp_plugin.training.transformer import build_transformer_config
 @contextmanager
 def built(config: TrainingConfig) -> Iterator[Trainer]:
     """The trainer of one layout; its model and process groups are gone after the block."""
-    with running_ranks(config) as device:
+    with taken_down(config), running_ranks(config) as device:
         trainer = build_trainer(config, build_transformer_config(config), device)
         yield trainer
         _drop_graphs(trainer)
         del trainer
+
+
+@contextmanager
+def taken_down(config: TrainingConfig) -> Iterator[None]:
+    """Ends, after the block, what the ranks of one layout leave behind in it."""
+    yield
     if config.num_experts is not None and config.moe_backend == "deepspeed":
         from hp_plugin.deepspeed_adapter.moe.groups import forget_expert_groups
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hp_plugin.compare.entries.decoding import TOKENS
 from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.ranks.decode import Decoder, decoding
 from hp_plugin.compare.ranks.running import batches, built
 from hp_plugin.compare.ranks.traffic import Traffic, counted
 from hp_plugin.training.peak_memory import peak_bytes, reset_peak
@@ -27,6 +29,30 @@ def timed(entrant: Entrant, modes: tuple[str, ...], steps: int) -> dict[str, lis
             run_step(trainer, mode)
             found[mode] = [_sample(trainer, mode) for _ in range(steps)]
     return found
+
+
+def timed_decoding(entrant: Entrant, context: int, steps: int) -> list[Sample]:
+    """`steps` samples of a decode step behind cached prompts, means of several tokens each, after a warm-up."""
+    with decoding(entrant, context) as decoder:
+        decoder.steps()
+        return [_decode_sample(decoder) for _ in range(steps)]
+
+
+def _decode_sample(decoder: Decoder) -> Sample:
+    dist.barrier()
+    reset_peak()
+    with counted() as traffic:
+        began = time.perf_counter()
+        decoder.steps()
+        seconds = time.perf_counter() - began
+    sample = _over_ranks(seconds, traffic)
+    for part in ("step_s", "pipeline_wait_s"):
+        sample[part] /= TOKENS
+    for part in ("comm_s", "sent_bytes"):
+        sample[part] = {key: value / TOKENS for key, value in sample[part].items()}
+    held: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(held, decoder.cached_bytes())
+    return sample | {"cache_bytes": max(held)}
 
 
 def run_step(trainer: Trainer, mode: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hp_plugin.compare.entries.entrant import FUNCTION_MARK
+from hp_plugin.compare.entries.suites import DECODE
 from hp_plugin.compare.report.planner_columns import HEAD as PREDICTED_HEAD
 from hp_plugin.compare.report.planner_columns import has_predictions, prediction_rows, winners
 
@@ -22,6 +23,25 @@ HEAD = (
 )
 
 
+DECODE_HEAD = (
+    "layout",
+    "tokens/s (min-max)",
+    "ratio",
+    "TPOT ms",
+    "ratio",
+    "ms per token",
+    "cache MiB",
+    "sent B/token",
+    "peak MiB",
+)
+"""TPOT is the part in collectives; the whole time of a step, which serving calls so, stands beside it."""
+
+
+def head(mode: str) -> tuple[str, ...]:
+    """The columns of a mode's table."""
+    return DECODE_HEAD if mode == DECODE else HEAD
+
+
 def markdown_report(report: dict[str, Any]) -> str:
     """All of a report but its raw samples."""
     partial = "" if report["complete"] else " (partial: the run did not end)"
@@ -29,7 +49,9 @@ def markdown_report(report: dict[str, Any]) -> str:
     for mode, layouts in report["modes"].items():
         if not layouts:
             continue
-        lines += [f"## {mode}", "", f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+        behind = next(iter(layouts.values())).get("context")
+        title = mode if behind is None else f"{mode}, {behind} tokens cached"
+        lines += [f"## {title}", "", f"| {' | '.join(head(mode))} |", "|---" * len(HEAD) + "|"]
         lines += [f"| {' | '.join(cells)} |" for cells in rows(layouts)]
         refused = report["not_possible"]
         lines += [f"| {name} | stock: not possible |{' |' * (len(HEAD) - 2)}" for name in refused]
@@ -68,15 +90,18 @@ def rows(layouts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         rate, tpot = one["tokens_per_s"], one["tpot_ms"]["median"]
         formula, peak = sum(one["closed_form_bytes_per_token"].values()), one["peak_bytes"]
         waited = base["tpot_ms"]["median"]
+        sent = f"{sum(one['sent_bytes_per_token'].values()):,.0f}"
+        if one.get("cache_bytes") is None:
+            others = (sent, f"{formula:,.0f}", f"{one['pipeline_wait_share']['median']:.0%}")
+        else:
+            others = (f"{1e3 * one['step_s']['median']:,.2f}", f"{one['cache_bytes'] / 2**20:,.1f}", sent)
         yield (
             name if one["exact"] else f"{name} {FUNCTION_MARK}",
             f"{rate['median']:,.0f} ({rate['min']:,.0f}-{rate['max']:,.0f})",
             f"{rate['median'] / base['tokens_per_s']['median']:.2f}",
             f"{tpot:.3f}",
             f"{tpot / waited:.2f}" if waited else "-",
-            f"{sum(one['sent_bytes_per_token'].values()):,.0f}",
-            f"{formula:,.0f}",
-            f"{one['pipeline_wait_share']['median']:.0%}",
+            *others,
             "-" if peak is None else f"{peak / 2**20:,.0f}",
         )
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hp_plugin.compare.entries.entrant import FUNCTION_MARK
-from hp_plugin.compare.report.markdown import HEAD, described, rows
+from hp_plugin.compare.report.markdown import described, head, rows
 from hp_plugin.compare.report.planner_columns import HEAD as PREDICTED_HEAD
 from hp_plugin.compare.report.planner_columns import has_predictions, prediction_rows, winners
 
@@ -29,7 +29,7 @@ def show(report: dict[str, Any]) -> None:
         if not layouts:
             continue
         title = mode if report["complete"] else f"{mode} (partial: the run did not end)"
-        table = _table(title, HEAD)
+        table = _table(title, head(mode))
         for cells in rows(layouts):
             table.add_row(*cells)
         for name in report["not_possible"]:
@@ -63,6 +63,6 @@ def _table(title: str, heads: tuple[str, ...]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left")
+    for number, words in enumerate(heads):
+        table.add_column(words, justify="right" if number else "left")
     return table
