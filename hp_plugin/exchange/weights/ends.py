@@ -73,8 +73,11 @@ class _Embedding:
         embedding.register_forward_pre_hook(self._cut, with_kwargs=True)
         embedding.forward = self._on_share(embedding)
         if hasattr(model, "rotary_pos_emb"):
-            # Stock reads the length off the hidden states, which are a share of them here.
-            model.rotary_pos_emb.get_rotary_seq_len = lambda *args, **kwargs: block.share.s
+            # Stock reads the length off the hidden states, which are a share of them here, or asks the cache.
+            stock = model.rotary_pos_emb.get_rotary_seq_len
+            model.rotary_pos_emb.get_rotary_seq_len = lambda cache, *args, **kwargs: (
+                block.share.s if cache is None else stock(cache, *args, **kwargs)
+            )
 
     def _cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs["input_ids"]
@@ -175,6 +178,11 @@ class _Output:
         if self._signature.bind(*args, **kwargs).arguments.get("labels") is not None:
             return output
         own, n = output.transpose(0, 1), self._block.groups.grid.n
+        if own.shape[0] == 1 < self._block.share.shape[0] and self._block.share.b % n:
+            raise ValueError(
+                f"exchange `weights` spreads the tokens of {self._block.share.b} sequences over n = {n} ranks, of "
+                "which one has the last: generate with --head-dim-exchange sequence, or a batch size divisible by n"
+            )
         if own.shape[-1] == self._model.vocab_size:
             return self._all_tokens(own.contiguous()).transpose(0, 1).contiguous()
         # [s, b/n, n · V/P] -> [n, s, b/n, V/P]: to every rank of the dim group its part of the vocabulary
