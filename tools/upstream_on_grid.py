@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-SLICES = int(os.environ["SLICES"])
+from hp_plugin.refusal import shorten
+
+SLICES, FAILURES, RANK = int(os.environ["SLICES"]), os.environ["FAILURES"], os.environ.get("RANK", "0")
 TOLERANCE = 2e-2  # of bf16 gradients, against their largest; the tests' own is 1e-2 for each element of the output
-_GRADIENTS: dict[str, str] = {}
 _STATE: dict[str, Any] = {"grid": None, "grids": {}, "models": []}
 _REPORTS: list[tuple[str, str, str]] = []
 
@@ -128,6 +129,10 @@ def _weight_gradients(baseline: Any, parallel: Any, sequence_parallel: bool) -> 
         elif "layernorm" in name or sequence_parallel:
             # Megatron's finalization sums over the TP group, here the world, what ranks hold parts of.
             dist.all_reduce(own)
+        if not stock.any() and name == "linear_proj.bias":  # returned beside the output, and not in the tests' loss
+            assert not own.any()
+            continue
+        assert stock.any(), f"no gradient of {name}"
         difference = float((own - stock).abs().max() / stock.abs().max())
         compared += 1
         if not difference <= worst:
@@ -137,10 +142,10 @@ def _weight_gradients(baseline: Any, parallel: Any, sequence_parallel: bool) -> 
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    main = getattr(parameter, "main_grad", None)
-    found = parameter.grad if main is None else main
-    assert found is not None
-    return found.detach().float().clone()
+    # In DDP's buffer as long as somebody holds the DDP, which these tests do not.
+    found = [grad for grad in (parameter.grad, getattr(parameter, "main_grad", None)) if grad is not None]
+    assert found
+    return sum(grad.detach().float() for grad in found).clone()
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -150,10 +155,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = outcome.get_result()
     if call.when == "setup":
         _STATE["grids"], _STATE["gradients"] = {}, "none compared"
+    if report.failed:
+        with open(FAILURES, "a") as together:
+            said = shorten(call.excinfo.exconly() if call.excinfo else "", 300)
+            together.write(f"rank {RANK}, {call.when} of {item.name}: {said}\n")
     if call.when == "call":
         grids = ", ".join(_STATE["grids"]) or "none"
         words = {"passed": "as stock", "failed": "FAILED", "skipped": "skipped"}[report.outcome]
         _REPORTS.append((item.name, grids, f"{words}; {_STATE['gradients']}" if report.passed else words))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Failures are in the file: torchrun would end the other ranks before they have said theirs."""
+    session.exitstatus = 0
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

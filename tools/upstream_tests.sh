@@ -23,13 +23,12 @@ trap 'rm -rf "$scratch"' EXIT
 
 run() { # ranks, then what pytest is told
     local ranks=$1; shift
-    (cd "$scratch" && OMP_NUM_THREADS=1 PYTHONPATH=$tree:$root:$root/tools SLICES=$slices \
-        PYTHONDONTWRITEBYTECODE=1 "$python" -W ignore -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
-        --local-ranks-filter 0 -m pytest -p upstream_on_grid -p no:cacheprovider -q --rootdir "$tree" -c /dev/null \
-        --basetemp "$scratch/base" "$@")
+    (cd "$scratch" && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tree:$root:$root/tools SLICES=$slices \
+        FAILURES=$scratch/failures PYTEST_DEBUG_TEMPROOT=$scratch "$python" -W ignore -m torch.distributed.run --standalone \
+        --nproc-per-node "$ranks" --local-ranks-filter 0 -m pytest -p upstream_on_grid -p no:cacheprovider -q --tb=line \
+        --rootdir "$tree" -c /dev/null "$@") || touch "$scratch/failures"
 }
 
-failed=0
-run 4 "$attention" -k 'test_parallel_attention_correctness' || failed=1
-run 8 "$model" || failed=1
-exit $failed
+run 4 "$attention" -k test_parallel_attention_correctness
+run 8 "$model"
+[[ ! -e $scratch/failures ]] || { cat "$scratch/failures" >&2; exit 1; }
