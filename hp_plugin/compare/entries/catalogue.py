@@ -48,7 +48,7 @@ _SMALL: Options = _SOURCE | {
     "hidden_size": 256,
     "kv_channels": 16,
     "ffn_hidden_size": 1024,
-    "seq_length": 32,
+    "seq_length": 512,
     "fp16": False,
 }
 _EXPERTS: Options = {
@@ -57,7 +57,9 @@ _EXPERTS: Options = {
     "moe_router_pre_softmax": True,
     "moe_expert_capacity_factor": 1.0,
 }
-_SCALE = "width, head and MLP ÷ 32; batch 1024 ÷ 32; sequence of 32; fp32"
+# Width is scaled, tokens of a micro-batch are not: what a product computes over what its all-reduce sends goes as D, so
+# that waiting would drown everything if a micro-batch were small, too. 16 · 512 = 8,192 tokens.
+_SCALE = "width, head and MLP ÷ 32; batch 1024 ÷ 32; sequence of 512; fp32"
 _ROTARY: Options = {"position_embedding_type": "rope", "normalization": "RMSNorm", "disable_bias_linear": True}
 _GATED: Options = _ROTARY | {
     "swiglu": True,

@@ -18,16 +18,12 @@ class Comparison:
     modes: tuple[str, ...] = ("forward", "train")
 
 
-_GRIDS = ("16x1", "8x2", "4x4", "2x8", "1x16")
-_PAPER = Comparison(
-    "paper-dense",
-    (
-        "tp=8,pp=2",
-        "tp=16",
-        *(f"grid={grid},exchange=batch" for grid in _GRIDS),
-        *(f"grid=4x4,exchange={exchange}" for exchange in ("sequence", "scores", "local")),
-    ),
+_BOTH_MOTIONS = (
+    *(f"grid={grid},exchange=batch" for grid in ("8x2", "4x4")),
+    *(f"grid={grid},exchange=weights" for grid in ("8x2", "4x4", "2x8", "1x16")),
 )
+_OTHERS = tuple(f"grid=4x4,exchange={exchange}" for exchange in ("sequence", "scores", "local"))
+_PAPER = Comparison("paper-dense", ("tp=8,pp=2", "tp=16", *_BOTH_MOTIONS, *_OTHERS))
 # Stock MoE runs under TP with sequence parallelism alone, so every Megatron layout has it.
 _PAPER_MOE = Comparison(
     "paper-moe",
@@ -35,8 +31,7 @@ _PAPER_MOE = Comparison(
         "tp=8,pp=2,sp,ep=8",
         "tp=8,pp=2,ep=8,moe=deepspeed",
         "tp=16,sp,ep=8",
-        *(f"grid={grid},exchange=batch,ep=8,moe=deepspeed" for grid in _GRIDS),
-        *(f"grid=4x4,exchange={exchange},ep=8,moe=deepspeed" for exchange in ("sequence", "scores", "local")),
+        *(f"{layout},ep=8,moe=deepspeed" for layout in (*_BOTH_MOTIONS, *_OTHERS)),
     ),
 )
 _KV_HEADS = (

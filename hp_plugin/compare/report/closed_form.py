@@ -13,6 +13,4 @@ def closed_form_bytes(entrant: Entrant, mode: str) -> dict[tuple[str, str], floa
     Counted from the layout's programs (`hp_plugin.planner.counts`), each collective by its ring's share of the buffer
     (`hp_plugin.planner.machine.collectives.wire_factor`); nothing here is measured.
     """
-    if entrant.config.head_dim is not None and entrant.config.head_dim.moves_weights:
-        return {}  # the programs do not know gathered weights yet
     return sent_bytes(share_of(entrant, mode), group_sizes(entrant))
