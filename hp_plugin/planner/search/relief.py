@@ -64,19 +64,13 @@ def _changes(model: ModelShape, layout: Layout, workload: Workload) -> Iterator[
     if layout.dp % 2:
         return
     half = layout.dp // 2
-    halved = {"dp": half, "gtp": gcd(layout.gtp, half)}
+    halved = replace(layout, dp=half, gtp=gcd(layout.gtp, half))
     if model.experts and layout.ep * 2 <= model.experts:
         yield f"--expert-model-parallel-size {layout.ep * 2}", replace(layout, ep=layout.ep * 2)
-    yield (
-        f"--pipeline-model-parallel-size {layout.pp * 2}",
-        replace(layout, pp=layout.pp * 2, vpp=1, **halved),
-    )
-    yield (
-        f"--context-parallel-size {layout.cp * 2}",
-        replace(layout, cp=layout.cp * 2, **halved),
-    )
+    yield f"--pipeline-model-parallel-size {layout.pp * 2}", replace(halved, pp=layout.pp * 2, vpp=1)
+    yield f"--context-parallel-size {layout.cp * 2}", replace(halved, cp=layout.cp * 2)
     if layout.grid is None:
-        yield f"--tensor-model-parallel-size {layout.tp * 2}", replace(layout, tp=layout.tp * 2, **halved)
+        yield f"--tensor-model-parallel-size {layout.tp * 2}", replace(halved, tp=layout.tp * 2)
     else:
         wider = HeadDimConfig(layout.m, layout.n * 2, layout.grid.exchange)
-        yield f"--head-dim-parallel {wider.m},{wider.n}", replace(layout, grid=wider, tp=wider.size, **halved)
+        yield f"--head-dim-parallel {wider.m},{wider.n}", replace(halved, grid=wider, tp=wider.size)
