@@ -285,7 +285,8 @@ def test_scripts_of_megatron_lm_end_alike(start: Callable[..., Run], tmp_path: P
     run.wait_for(lambda: len(run.losses()) > 4)
     run.process.send_signal(number)
     run.process.wait(60)
-    assert run.leftovers() == []
+    # Megatron-LM's data loaders have workers, whose (empty) folders of multiprocessing stay where they are killed.
+    assert [found for found in run.leftovers() if "pymp-" not in found] == []
     folder = CheckpointFolder(tmp_path / "run")
     if number == signal.SIGTERM:
         latest = folder.latest()
