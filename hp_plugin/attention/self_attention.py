@@ -21,12 +21,13 @@ from torch import Tensor
 
 from hp_plugin.attention.core_attention import HeadDimCoreAttention
 from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, submodule_spec
-from hp_plugin.attention.transformer_config import attention_shape, check_supported
+from hp_plugin.attention.transformer_config import check_supported
 from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.kv_cache import check_room
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import candidates
+from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import Exchange, QKVLayout, Turn
 from hp_plugin.grid.groups import HeadDimGroups

@@ -13,6 +13,7 @@ from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.shapes import attention_shape, stock_core_alone
 from hp_plugin.refusal import Refusal, RefusedError, shorten, shown
 
 
@@ -75,29 +76,6 @@ class HeadDimTransformerConfig(TransformerConfig):
         # How many channels rotate is the model's to say, not the configuration's; how they are paired, only if some do.
         rotary = self.kv_channels if self.rotary_interleaved else 0
         return attention_shape(self, self.head_dim_parallel, self.micro_batch_size, self.seq_length, rotary)
-
-
-def attention_shape(
-    config: TransformerConfig, head_dim: HeadDimConfig, b: int, s: int, rotary: int = 0
-) -> AttentionShape:
-    """The shape of one attention layer; b and s as the layer sees them, `rotary` rotated channels per head."""
-    norm = None
-    if config.qk_layernorm:
-        norm = "L2Norm" if getattr(config, "qk_l2_norm", False) else config.normalization
-    return AttentionShape(
-        s=s,
-        b=b,
-        h=config.num_attention_heads,
-        g=config.num_query_groups or config.num_attention_heads,
-        d=config.kv_channels or config.hidden_size // config.num_attention_heads,
-        m=head_dim.m,
-        n=head_dim.n,
-        gate=getattr(config, "attention_output_gate", False),
-        rotary=rotary,
-        rotary_interleaved=config.rotary_interleaved,
-        qk_norm=norm,
-        stock_core_alone=stock_core_alone(config),
-    )
 
 
 def post_init_on_grid(
@@ -184,15 +162,3 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
     if head_dim.exchange not in RULES:  # none was asked for by name
         return refusals
     return [*refusals, *unsupported_by(head_dim.exchange, config, stock_core_alone(config), shape)]
-
-
-def stock_core_alone(config: Any) -> tuple[str, ...]:
-    """What a model asks for that only stock's inner attention does, each as what the others cannot."""
-    wanted = (
-        (getattr(config, "softmax_type", "vanilla") != "vanilla", "do a softmax offset"),
-        (config.context_parallel_size > 1, f"do context parallelism ({config.context_parallel_size})"),
-        (getattr(config, "flash_decode", False), "do flash decoding"),
-        (getattr(config, "fused_single_qkv_rope", False), "do --fused-single-qkv-rope"),
-        (getattr(config, "fine_grained_activation_offloading", False), "do fine-grained activation offloading"),
-    )
-    return tuple(what for asked, what in wanted if asked)

@@ -28,9 +28,10 @@ from hp_plugin import cpu_backend
 from hp_plugin.attention.fused_core import with_fused_core
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.specs import head_dim_spec
-from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, RULES
+from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.processes.rank import begin_rank
 from hp_plugin.training.config import BACKENDS

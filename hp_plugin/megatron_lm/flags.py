@@ -7,11 +7,12 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from hp_plugin.attention.transformer_config import attention_shape, unsupported
+from hp_plugin.attention.transformer_config import unsupported
 from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, TRUST_FLAG, record_head_dim
 from hp_plugin.config import WIDEST, HeadDimConfig
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
+from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
 from hp_plugin.megatron_lm.unfit_flags import unfit
 from hp_plugin.refusal import Refusal, RefusedError, shown

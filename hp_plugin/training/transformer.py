@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hp_plugin import cpu_backend
 from hp_plugin.attention.fused_core import with_fused_core
 from hp_plugin.attention.specs import head_dim_spec, mended_mlps, sequence_parallel_norms
-from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, attention_shape
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
+from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import find_world_size
 from hp_plugin.training.moe import check_mixture, moe_block_spec, moe_settings

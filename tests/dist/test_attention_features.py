@@ -25,7 +25,7 @@ from hp_plugin.exchange.rules import RULES
 from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.exchange.scores.attention import ScoresSettings, scores_attention
 from hp_plugin.attention.registration import initialize_head_dim_parallel
-from hp_plugin.attention.transformer_config import attention_shape
+from hp_plugin.exchange.shapes import attention_shape
 from tests.dist import attention_cases
 from tests.dist.attention_cases import Case
 from tests.ranks import Ranks, prepare_device

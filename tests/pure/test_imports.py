@@ -42,6 +42,7 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
             *("grid.groups", "cpu_backend", "shared_gpus", "exchange.masks", "exchange.dropout_rng"),
             *("exchange.kv_cache", "exchange.replicas"),
         ),
+        ("exchange.shapes",),
         ("exchange.strategy", "exchange.fused_kernels"),
         tuple(f"exchange.{name}." for name in EXCHANGES if name != "weights"),
         ("exchange.weights.",),  # whose shares attend as those of `batch` and `sequence` do
