@@ -199,6 +199,16 @@ class HeadDimConfig:
         return any(RULES[name].moves_weights for name in candidates(self.exchange, self.n))
 
     @property
+    def chooses(self) -> bool:
+        """Whether each pass is left to choose."""
+        return len(candidates(self.exchange, self.n)) > 1
+
+    @property
+    def always_moves_weights(self) -> bool:
+        """Whether nothing else is left to choose."""
+        return all(RULES[name].moves_weights for name in candidates(self.exchange, self.n))
+
+    @property
     def exact(self) -> bool:
         """Whether the grid computes the model's own attention (only `local` with n > 1 does not)."""
         return all(RULES[name].exact for name in candidates(self.exchange, self.n))

@@ -8,6 +8,7 @@ axis* size n; collectives say which of them they span.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -26,7 +27,7 @@ from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.kv_cache import check_room
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import candidates
+from hp_plugin.exchange.rules import candidates, resolve, traded
 from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import Exchange, QKVLayout, Turn
@@ -43,6 +44,7 @@ class HeadDimSelfAttention(SelfAttention):
     Args:
         config: a `HeadDimTransformerConfig`, or any `TransformerConfig` with a `head_dim_parallel`.
         pg_collection: process groups, with `head` and `dim` if they are not the registered ones.
+        exchanges: those that the layer around can run; where it is a choice and nothing is said, weights lie still.
 
     Raises:
         ValueError: the model needs what the grid or its exchange cannot do.
@@ -57,6 +59,7 @@ class HeadDimSelfAttention(SelfAttention):
         attn_mask_type: AttnMaskType = AttnMaskType.padding,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        exchanges: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         head_dim: HeadDimConfig = config.head_dim_parallel
@@ -73,10 +76,13 @@ class HeadDimSelfAttention(SelfAttention):
         layout = QKVLayout(g // head_dim.m, h // g, d // head_dim.n, gate)
         rows = qkv_rows(h, g, d, head_dim.m, head_dim.n, gate)
         columns = proj_columns(h, d, head_dim.m, head_dim.n)
-        exchanges = {name: STRATEGIES[name](groups, layout) for name in candidates(head_dim.exchange, head_dim.n)}
-        turn = Turn(next(iter(exchanges.values())))
-        column, for_column = turn.exchange.parallel_linear(HeadDimColumnParallelLinear, layout.slots)
-        row, for_row = turn.exchange.parallel_linear(HeadDimRowParallelLinear, layout.heads)
+        names = exchanges or candidates(head_dim.exchange, head_dim.n, whole_layers=False)
+        known = {name: STRATEGIES[name](groups, layout) for name in names}
+        turn = Turn(next(iter(known.values())))
+        # Linears that gather do without where they are not to.
+        gathering = next((exchange for exchange in known.values() if exchange.rule.moves_weights), turn.exchange)
+        column, for_column = gathering.parallel_linear(HeadDimColumnParallelLinear, layout.slots)
+        row, for_row = gathering.parallel_linear(HeadDimRowParallelLinear, layout.heads)
         collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
         collection.tp = turn.exchange.stock_group
         true_config, config = config, turn.exchange.stock_config(config)
@@ -93,7 +99,7 @@ class HeadDimSelfAttention(SelfAttention):
                     turn=turn,
                 ),
                 core_attention=submodule_spec(
-                    HeadDimCoreAttention, submodules.core_attention, exchanges=exchanges.values(), turn=turn
+                    HeadDimCoreAttention, submodules.core_attention, exchanges=known.values(), turn=turn
                 ),
                 linear_proj=submodule_spec(
                     row,
@@ -117,9 +123,9 @@ class HeadDimSelfAttention(SelfAttention):
         self.head_dim = head_dim
         self.groups = groups
         self.true_config = true_config
-        # (s, b) of the whole micro-batch, where the layer around gives attention its share of it.
-        self.micro_batch: tuple[int, int] | None = None
-        self._exchanges = exchanges
+        # What the layer around says of the whole micro-batch, where it may give attention its share of it.
+        self.passing: Any = None
+        self._exchanges = known
         self._turn = turn
 
     def forward(
@@ -200,13 +206,16 @@ class HeadDimSelfAttention(SelfAttention):
     def _pick(self, hidden_states: Tensor, angles: Tensor | None, biased: bool, inference_context: Any) -> Exchange:
         """The exchange that carries this micro-batch."""
         parts = self.groups.grid.size if self.config.sequence_parallel else 1
-        s, b = self.micro_batch or (hidden_states.shape[0] * parts, hidden_states.shape[1])
+        s, b = hidden_states.shape[0] * parts, hidden_states.shape[1]
+        gathered = False
+        if self.passing is not None:
+            s, b, gathered = self.passing.s, self.passing.b, self.passing.share is not None
         rotary = 0 if angles is None else angles.shape[-1]
-        shape = attention_shape(self.true_config, self.head_dim, b, s, rotary)
-        if biased:
-            shape = replace(shape, stock_core_alone=(*shape.stock_core_alone, "add an attention bias"))
+        alone = ("add an attention bias",) if biased else ()
+        shape = attention_shape(self.true_config, self.head_dim, b, s, rotary, alone)
+        itemsize = self.true_config.params_dtype.itemsize
         if inference_context is None:
-            return self._exchanges[_resolved(self.head_dim, shape)].at(shape)
+            return self._exchanges[_picked(self.head_dim, shape, gathered, self.training, itemsize)].at(shape)
         if not inference_context.is_static_batching():
             raise ValueError(
                 f"dynamic batching lays tokens of all requests in one row, which cannot be split over n = "
@@ -214,13 +223,21 @@ class HeadDimSelfAttention(SelfAttention):
             )
         check_room(inference_context, s, b)
         shape = replace(shape, cache=inference_context.sequence_len_offset + s)
-        exchange = self._exchanges[_resolved(self.head_dim, shape)].at(shape)
+        # What a cache holds is spread as the first that fits spreads it.
+        exchange = self._exchanges[_picked(self.head_dim, shape, False, None, itemsize)].at(shape)
         return exchange.with_cache(inference_context, self.layer_number, shape)
 
 
 @lru_cache(maxsize=64)
-def _resolved(head_dim: HeadDimConfig, shape: AttentionShape) -> str:
-    return head_dim.check_shape(shape)
+def _picked(
+    head_dim: HeadDimConfig, shape: AttentionShape, gathered: bool, training: bool | None, itemsize: int
+) -> str:
+    """The exchange of a pass whose weights are `gathered` or not; None for training: without counting."""
+    if gathered:
+        moving = [name for name in candidates(head_dim.exchange, head_dim.n) if RULES[name].moves_weights]
+        return resolve(moving[0], shape)
+    first = head_dim.check_shape(shape)
+    return first if training is None else traded(head_dim.exchange, shape, training, itemsize)
 
 
 def _stock_collection() -> ProcessGroupCollection:

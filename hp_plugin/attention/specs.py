@@ -55,13 +55,15 @@ def head_dim_spec(
     Raises:
         ValueError: the spec has no `SelfAttention` to replace.
     """
-    swapped = with_replacements(layer_spec, {SelfAttention: Replacement(HeadDimSelfAttention)})
+    strategies = _strategies(config, layer_spec)
+    names = {"exchanges": tuple(exchange.rule.name for exchange in strategies)} if strategies else {}
+    swapped = with_replacements(layer_spec, {SelfAttention: Replacement(HeadDimSelfAttention, names)})
     if swapped is layer_spec:
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
         )
     swapped = sequence_parallel_norms(mended_mlps(with_fused_core(swapped, config), config), config, vp_stage)
-    for exchange in _strategies(config):
+    for exchange in strategies:
         swapped = exchange.whole_layers(swapped, config, vp_stage, submodule_spec)
     return swapped
 
@@ -75,11 +77,26 @@ def finish_model(model: GPTModel) -> None:
         exchange.whole_model(model)
 
 
-def _strategies(config: TransformerConfig) -> list[type[Exchange]]:
+def keep_weights(model: torch.nn.Module) -> None:
+    """Has activations move in every pass of a model that leaves it open: what it runs in cannot have weights gathered.
+
+    Raises:
+        ValueError: its exchange leaves no choice.
+    """
+    for exchange in STRATEGIES.values():
+        if exchange.rule.moves_weights:
+            exchange.rule_out(model)
+
+
+def _strategies(config: TransformerConfig, spec: Any = None) -> list[type[Exchange]]:
+    """What may run: what is asked for, or, of what is left open, what can take layers of this spec."""
     head_dim = getattr(config, "head_dim_parallel", None)
     if head_dim is None:  # a spec can be made before its grid is known; the layers ask for it
         return []
-    return [STRATEGIES[name] for name in candidates(head_dim.exchange, head_dim.n)]
+    found = [STRATEGIES[name] for name in candidates(head_dim.exchange, head_dim.n)]
+    if not head_dim.chooses or spec is None:
+        return found
+    return [exchange for exchange in found if exchange.can_take(spec, config)]
 
 
 def mended_mlps(layer_spec: Any, config: TransformerConfig) -> Any:

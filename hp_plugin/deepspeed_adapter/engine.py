@@ -12,13 +12,14 @@ from megatron.core import parallel_state
 from torch import nn
 
 from hp_plugin.attention.registration import initialize_head_dim_parallel, registered_groups, when_registered
+from hp_plugin.attention.specs import keep_weights
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.deepspeed_adapter.checkpoint_layout import keep_to_layout
 from hp_plugin.deepspeed_adapter.config import head_dim_option, load_settings
 from hp_plugin.deepspeed_adapter.cpu_start import skip_inference_extension
 from hp_plugin.deepspeed_adapter.gradients import sum_replica_gradients
 from hp_plugin.deepspeed_adapter.guard import KEY, adapter_calls, guard_plain_deepspeed
-from hp_plugin.deepspeed_adapter.model_check import check_model, grid_layers
+from hp_plugin.deepspeed_adapter.model_check import check_model, frees_weights, grid_layers
 from hp_plugin.deepspeed_adapter.moe.engine import attach_mixture, check_mixture
 from hp_plugin.deepspeed_adapter.mpu import GridMpu
 
@@ -147,6 +148,8 @@ def initialize(
         built = model if isinstance(model, nn.Module) else model(head_dim)
         check_model(built, head_dim, groups, load_settings(source))
         check_mixture(built, load_settings(source))
+        if frees_weights(load_settings(source)):
+            keep_weights(built)
         result = deepspeed.initialize(model=built, mpu=unit, **given)
     # After the engine: it changes parameters' dtypes, which hooks on them would not survive.
     sum_replica_gradients(built, groups)

@@ -71,12 +71,17 @@ def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
             )
 
 
-def _zero_complaints(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[str]:
+def frees_weights(settings: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed takes weights apart between their uses."""
     zero = settings.get("zero_optimization")
-    if not isinstance(zero, Mapping) or zero.get("stage", 0) != 3:
+    return isinstance(zero, Mapping) and zero.get("stage", 0) == 3
+
+
+def _zero_complaints(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[str]:
+    if not frees_weights(settings):
         return
     for name, layer in grid_layers(model).items():
-        if layer.head_dim.moves_weights:
+        if layer.head_dim.always_moves_weights:
             yield (
                 f"zero_optimization.stage 3 frees the weights of {name} between their uses, and exchange "
                 f"{layer.head_dim.exchange!r} gathers them ahead: set the stage to 0, 1 or 2, or take another exchange"

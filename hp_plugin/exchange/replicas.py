@@ -11,9 +11,9 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 _MARK = "partial_over_dim"
 
 
-def mark_partial(parameter: nn.Parameter) -> None:
-    """Its gradient is to be summed over the dim axis once per step."""
-    setattr(parameter, _MARK, True)
+def mark_partial(parameter: nn.Parameter, partial: bool = True) -> None:
+    """Its gradient is to be summed over the dim axis once per step, or no longer is."""
+    setattr(parameter, _MARK, partial)
 
 
 def is_partial(parameter: nn.Parameter) -> bool:

@@ -69,7 +69,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The layers that one micro-batch passes in a row, those of a (virtual) pipeline stage, around this attention.
+    """The layers that one micro-batch passes, in one or more (virtual) pipeline stages, around this attention.
 
     Args:
         attention: each layer's, of the whole micro-batch.
@@ -80,6 +80,9 @@ class BlockShape:
         sequence_parallel: Megatron's.
         qkv_bias, mlp_bias: whether the column-parallel linears have biases.
         recompute: whether backward repeats whole forward passes.
+        blocks: how many stages the layers are divided into, or what else takes and returns whole micro-batches.
+        vocabulary: rows of the embedding and of the output layer. embedding_shared, output_shared: whether they are
+            among these layers' work where weights move, on a share of the tokens.
     """
 
     attention: AttentionShape
@@ -93,6 +96,10 @@ class BlockShape:
     qkv_bias: bool = False
     mlp_bias: bool = False
     recompute: bool = False
+    blocks: int = 1
+    vocabulary: int = 0
+    embedding_shared: bool = False
+    output_shared: bool = False
 
     @property
     def layers(self) -> int:

@@ -11,9 +11,17 @@ from hp_plugin.exchange.rule import AttentionShape
 
 
 def attention_shape(
-    config: TransformerConfig, head_dim: HeadDimConfig, b: int, s: int, rotary: int = 0
+    config: TransformerConfig,
+    head_dim: HeadDimConfig,
+    b: int,
+    s: int,
+    rotary: int = 0,
+    alone: tuple[str, ...] = (),
 ) -> AttentionShape:
-    """The shape of one attention layer; b and s as the layer sees them, `rotary` rotated channels per head."""
+    """The shape of one attention layer; b and s as the layer sees them, `rotary` rotated channels per head.
+
+    `alone` is what a pass asks for, beside the configuration, that only stock's inner attention does.
+    """
     norm = None
     if config.qk_layernorm:
         norm = "L2Norm" if getattr(config, "qk_l2_norm", False) else config.normalization
@@ -29,7 +37,7 @@ def attention_shape(
         rotary=rotary,
         rotary_interleaved=config.rotary_interleaved,
         qk_norm=norm,
-        stock_core_alone=stock_core_alone(config),
+        stock_core_alone=(*stock_core_alone(config), *alone),
     )
 
 

@@ -126,6 +126,11 @@ class Exchange:
         return config
 
     @classmethod
+    def can_take(cls, spec: Any, config: TransformerConfig) -> bool:
+        """Whether a pass of layers of this spec can run under it, where others are to choose from."""
+        return True
+
+    @classmethod
     def whole_layers(
         cls, spec: Any, config: TransformerConfig, vp_stage: int | None, mixed_in: Callable[..., Any]
     ) -> Any:
@@ -138,6 +143,10 @@ class Exchange:
     @classmethod
     def whole_model(cls, model: nn.Module) -> None:
         """Changes of a GPT model around its layers, once it is built; its parameters stay what they are."""
+
+    @classmethod
+    def rule_out(cls, model: nn.Module) -> None:
+        """From now on no pass of this model is to take it, where there are others to choose from."""
 
     def at(self, shape: AttentionShape) -> Exchange:
         """What carries a micro-batch of this shape: itself, or a variant of it."""

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=EXCHANGES,
         default=argparse.SUPPRESS,
         help="How the N slices of a head meet: 'batch' trades slices for full heads of a share of the samples, "
-        "'sequence' of the queries, 'scores' sums partial scores, 'auto' (default) takes the first of these that "
-        "fits. 'weights' gathers weights instead, and whole layers work on a share of the tokens. 'local' exchanges "
-        "nothing and is another function: attention with N times as many, narrower heads.",
+        "'sequence' of the queries, 'scores' sums partial scores; 'weights' gathers weights instead, and whole layers "
+        "work on a share of the tokens. 'auto' (default) takes, for every pass, what sends fewest bytes of these. "
+        "'local' exchanges nothing and is another function: attention with N times as many, narrower heads.",
     )
     group.add_argument(
         ORDER_FLAG,

@@ -48,6 +48,10 @@ class Case:
     clip_grad: float = 0.0
     steps: int = 2
     micro_batch: int = 2
+    batches: tuple[int, ...] = ()
+    """Samples of each micro-batch of a step, where they are not all of one size."""
+    evaluate: bool = False
+    """Whether a pass without gradients goes before every step, in micro-batches of `micro_batch`."""
     layers: int = 4
     tied: bool = True
     own_masks: bool = False
@@ -76,6 +80,7 @@ class Outcome:
     loss_scales: list[float]
     grads: dict[str, Part]
     params: dict[str, Part]
+    evaluations: list[float] = field(default_factory=list)
 
 
 def train(case: Case) -> Outcome:
@@ -86,6 +91,8 @@ def train(case: Case) -> Outcome:
     optimizer = build_optimizer(case, chunks)
     outcome = Outcome([], [], [], [], [], {}, {})
     for step in range(case.steps):
+        if case.evaluate:
+            outcome.evaluations.append(evaluate(case, chunks, step))
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -142,6 +149,9 @@ def build(case: Case) -> list[Any]:
             "fp16": case.dtype is torch.float16,
             "attention_softmax_in_fp32": True,
             "deallocate_pipeline_outputs": case.pp > 1,
+            # Of micro-batches of several sizes, which one of its dispatchers of experts' tokens cannot do.
+            "variable_seq_lengths": case.pp > 1 and bool(case.batches),
+            "moe_token_dispatcher_type": "alltoall",
             "finalize_model_grads_func": finalize_model_grads,
             "gradient_accumulation_fusion": False,
             **case.model,
@@ -223,21 +233,35 @@ def build_optimizer(case: Case, chunks: list[Any]) -> Any:
     return optimizer
 
 
-def run_step(case: Case, chunks: list[Any], step: int) -> float:
+def evaluate(case: Case, chunks: list[Any], step: int) -> float:
+    """The mean loss of a global batch, without gradients and dropout."""
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        loss = run_step(replace(case, batches=()), chunks, step, forward_only=True)
+    for chunk in chunks:
+        chunk.train()
+    return loss
+
+
+def run_step(case: Case, chunks: list[Any], step: int, forward_only: bool = False) -> float:
     """One forward and backward pass of the whole global batch; the mean loss, on every rank."""
     samples = torch.Generator().manual_seed(step)
     # The upper eighth of the vocabulary never occurs: without tying, its embeddings have zero gradients.
     tokens = torch.randint(VOCABULARY - VOCABULARY // 8, (8, SEQUENCE + 1), generator=samples)
     dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    mine = tokens.view(-1, dp, case.micro_batch, SEQUENCE + 1)[:, rank]
+    if case.batches:
+        mine: Any = tokens.view(dp, -1, SEQUENCE + 1)[rank].split(case.batches)
+    else:
+        mine = tokens.view(-1, dp, case.micro_batch, SEQUENCE + 1)[:, rank]
     losses = get_forward_backward_func()(
         forward_step_func=partial(forward_step, case),
         data_iterator=[iter(mine) for _ in chunks] if len(chunks) > 1 else iter(mine),
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=num_microbatches_calculator.get_num_microbatches(),
+        num_microbatches=len(mine),
         seq_length=SEQUENCE,
         micro_batch_size=case.micro_batch,
-        forward_only=False,
+        forward_only=forward_only,
     )
     mean = torch.tensor(sum(float(loss["lm loss"]) for loss in losses) / len(losses) if losses else 0.0)
     dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())

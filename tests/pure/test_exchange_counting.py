@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from hp_plugin.exchange.rule import AttentionShape, BlockShape
-from hp_plugin.exchange.rules import RULES, count
+from hp_plugin.exchange.rules import AUTO_ORDER, RULES, choose, count, resolve, traded, with_shared_ends
 from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.parts import parts_of, passes_of
 from hp_plugin.planner.counts.program import collectives
@@ -112,3 +113,51 @@ def test_a_shape_that_nothing_carries_is_refused_in_words() -> None:
     shape = AttentionShape(s=15, b=1, h=4, g=4, d=6, m=2, n=2, rotary=6, rotary_interleaved=True)
     with pytest.raises(RefusedError, match="needs an even slice when rotary pairs are interleaved"):
         count(BlockShape(shape, 24, 64, dense=2), True)
+
+
+def test_what_is_left_open_is_counted_and_what_is_named_is_taken() -> None:
+    shape = AttentionShape(s=64, b=4, h=8, g=8, d=8, m=2, n=2)
+    block = BlockShape(shape, 64, 128, dense=2)
+    free = choose("auto", block, True, 2)
+    assert free.bytes == count(block, True).bytes and free.name == "weights"
+    lying = choose("auto", block, True, 2, lambda rule: not rule.moves_weights)
+    assert lying.name == traded("auto", shape, True, 2) == "batch"
+    for name in AUTO_ORDER:
+        named = choose(name, block, True, 2, lambda rule: False)
+        assert named.bytes == {name: free.bytes[name]}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_trades_what_sends_fewest_bytes(training: bool) -> None:
+    seen = set()
+    for s, b, m, n in product((2, 4, 8, 15, 64), (1, 2, 3, 4), (1, 2), (2, 4)):
+        shape = AttentionShape(s=s, b=b, h=4, g=2, d=16, m=m, n=n, rotary=16)
+        fits = [name for name in AUTO_ORDER if RULES[name].refusal(shape) is None]
+        sent = {name: RULES[name].bytes(shape, 2) + training * RULES[name].bytes_backward(shape, 2) for name in fits}
+        assert sent[traded("auto", shape, training, 2)] == min(sent.values())
+        assert resolve("auto", shape) == fits[0]
+        seen.add(traded("auto", shape, training, 2))
+    assert seen == set(AUTO_ORDER)
+
+
+def test_ends_on_a_share_send_what_their_bounds_say() -> None:
+    """What `embedding_moves_less` and `output_moves_less` compare, in whole passes: at bounds nothing is gained."""
+    for sequence_parallel, (m, n), training in product((False, True), ((2, 2), (1, 4), (2, 4)), (False, True)):
+        shape = AttentionShape(s=64, b=n, h=4, g=4, d=8, m=m, n=n)
+        block = BlockShape(shape, 32, 64, dense=2, sequence_parallel=sequence_parallel)
+        tokens, size = 64 * n, m * n
+        # Rows of a vocabulary at which gathering it is as much as moving tokens.
+        per_token = {
+            (False, False): (2, 1),
+            (False, True): (3 / 2, 1),
+            (True, False): (1 + 1 / size, 1 + 1 / size),
+            (True, True): (1 + 1 / size, 1 + 2 / (3 * size)),
+        }[sequence_parallel, training]
+        rule, alone = RULES["weights"], RULES["weights"].pass_bytes(block, 2, training)
+        for end, bound in zip(("embedding_shared", "output_shared"), per_token, strict=True):
+            for times, sign in ((0.5, 1), (1, 0), (2, -1)):
+                shared = replace(block, vocabulary=round(times * bound * m * tokens), **{end: True})
+                gained = alone - rule.pass_bytes(shared, 2, training)
+                assert abs(gained) <= 2 * 2 * 32 if sign == 0 else gained * sign > 0, (end, m, n, training)
+    free = with_shared_ends(BlockShape(AttentionShape(s=64, b=4, h=4, g=4, d=8, m=2, n=2), 32, 64, dense=2), 600)
+    assert (free.vocabulary, free.embedding_shared, free.output_shared) == (600, True, False)

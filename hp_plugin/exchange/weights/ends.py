@@ -1,7 +1,7 @@
 """Embedding, output layer and loss on this rank's share of the tokens, where that moves less than the tokens do.
 
 They are part of the block's work then: their weights are gathered like a layer's, and what stock's block would take and
-return never is there whole.
+return never is there whole. In passes whose activations move they do as stock does.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from hp_plugin.exchange.dropout_rng import DIM_PARALLEL_RNG, ensure_rng
 from hp_plugin.exchange.replicas import mark_partial
+from hp_plugin.exchange.weights.block import Block, Pass
 from hp_plugin.exchange.weights.cross_entropy import vocabulary_cross_entropy
 from hp_plugin.exchange.weights.gathering import Chain, LayerWeights
-from hp_plugin.exchange.weights.layers import Block, GatheringColumnLinear, WeightsTransformerLayer, mixed
+from hp_plugin.exchange.weights.layers import GatheringColumnLinear, WeightsTransformerLayer, mixed
 from hp_plugin.exchange.weights.rule import embedding_moves_less, output_moves_less
 from hp_plugin.exchange.weights.shards import Shard
-from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.exchange.weights.whole_tokens import count_once
 
 
 def move_ends(model: GPTModel) -> None:
@@ -40,10 +41,14 @@ def move_ends(model: GPTModel) -> None:
     if any(grid.tp_rank(i, j) != i * grid.n + j for i in range(grid.m) for j in range(grid.n)):
         return  # a dim group's parts of the vocabulary are no neighbours
     sizes = (model.vocab_size, tokens, grid.m, grid.size, sequence_parallel)
-    if model.pre_process and embedding_moves_less(*sizes):
+    # Stages that have neither end count them, too, and choose as those that do.
+    choice = block.choice
+    choice.vocabulary = model.vocab_size
+    choice.embedding_shared, choice.output_shared = embedding_moves_less(*sizes), output_moves_less(*sizes)
+    if model.pre_process and choice.embedding_shared:
         _Embedding(model, block)
         layers[0].first = False
-    if model.post_process and output_moves_less(*sizes):
+    if model.post_process and choice.output_shared:
         _Output(model, block)
         layers[-1].last = False
 
@@ -61,35 +66,57 @@ class _Embedding:
 
     def __init__(self, model: GPTModel, block: Block) -> None:
         self._block, self._config = block, model.config
+        self._inference = False
+        rotary = getattr(model, "rotary_pos_emb", None)
+        self._rotary = 0 if rotary is None else 2 * rotary.inv_freq.shape[-1]
         embedding = model.embedding
         words = embedding.word_embeddings
         words.__class__ = mixed(GatheringEmbedding, type(words))
         shard = Shard(words, "weight", 0, 1, block.groups.grid.n)
-        words.gather_with(block.groups, shard, Chain(block.groups.dim).add([words], [shard], recomputed=False))
+        words.gather_with(block, shard, Chain(block.groups.dim).add([words], [shard], recomputed=False))
         for parameter in embedding.parameters():
             stock_sums = self._config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
             if parameter is not words.weight and not stock_sums:
                 mark_partial(parameter)
+        for module in embedding.modules():
+            count_once(module, block)
         embedding.register_forward_pre_hook(self._cut, with_kwargs=True)
         embedding.forward = self._on_share(embedding)
-        if hasattr(model, "rotary_pos_emb"):
-            # Stock reads the length off the hidden states, which are a share of them here, or asks the cache.
-            stock = model.rotary_pos_emb.get_rotary_seq_len
-            model.rotary_pos_emb.get_rotary_seq_len = lambda cache, *args, **kwargs: (
-                block.share.s if cache is None else stock(cache, *args, **kwargs)
-            )
+        self._signature = inspect.signature(model.forward)
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+        if rotary is not None:
+            rotary.get_rotary_seq_len = self._length(rotary.get_rotary_seq_len)
 
-    def _cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind(*args, **kwargs).arguments
+        self._inference = any(given.get(name) is not None for name in ("inference_context", "inference_params"))
+
+    def _cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         ids = kwargs["input_ids"]
-        self._block.begin(ids.shape[1], ids.shape[0], self._config.sequence_parallel)
+        passing = self._block.begin(
+            ids.shape[1], ids.shape[0], module.training, rotary=self._rotary, inference=self._inference
+        )
+        if passing.share is None:
+            return None
         names = ("input_ids", "position_ids")
-        return args, {name: _own(self._block, value) if name in names else value for name, value in kwargs.items()}
+        return args, {name: _own(passing, value) if name in names else value for name, value in kwargs.items()}
+
+    def _length(self, stock: Callable[..., int]) -> Callable[..., int]:
+        """Stock reads a sequence's length off the hidden states, which may be a share of them here, or asks the cache."""
+
+        def length(cache: Any, *args: Any, **kwargs: Any) -> int:
+            passing = self._block.current
+            return stock(cache, *args, **kwargs) if passing.share is None or cache is not None else passing.s
+
+        return length
 
     def _on_share(self, embedding: nn.Module) -> Callable[..., Tensor]:
         """Its forward pass, in which the head group is the TP group that stock cuts a sequence over."""
         forward = embedding.forward
 
         def on_share(*args: Any, **kwargs: Any) -> Tensor:
+            if self._block.current.share is None:
+                return forward(*args, **kwargs)
             kept, embedding.tp_group = embedding.tp_group, self._block.groups.head
             try:
                 with self._dropout():
@@ -110,12 +137,14 @@ class _Embedding:
 class GatheringEmbedding:
     """A vocabulary-parallel embedding that runs, as stock's at TP = m, on the weight of its head group."""
 
-    def gather_with(self, groups: HeadDimGroups, shard: Shard, layer: LayerWeights) -> None:
-        """Where its weight comes from."""
-        self._groups, self._shard, self._layer = groups, shard, layer
+    def gather_with(self, block: Block, shard: Shard, layer: LayerWeights) -> None:
+        """Where its weight comes from, in passes of this block whose weights move."""
+        self._block, self._shard, self._layer = block, shard, layer
 
     def forward(self, ids: Tensor) -> Tensor:
-        groups = self._groups
+        if self._block.current.share is None:
+            return super().forward(ids)
+        groups = self._block.groups
         whole = self._layer.whole(self._shard)  # [V/m, D]
         start = groups.head.rank() * whole.shape[0]
         shadows = {
@@ -144,20 +173,24 @@ class _Output:
         layer = model.output_layer
         holder = layer if layer.weight is not None else model.embedding.word_embeddings
         GatheringColumnLinear.adopt(layer, block.groups, holder)
-        layer.gather_with(block.chain.add([layer], list(layer.shards.values()), recomputed=False))
+        layer.gather_with(block.chain.add([layer], list(layer.shards.values()), recomputed=False), block)
         stock_sums = model.config.sequence_parallel
         norm = model.decoder.final_layernorm
         for parameter in [] if norm is None else norm.parameters():
             if not (stock_sums and getattr(parameter, "sequence_parallel", False)):
                 mark_partial(parameter)
+        if norm is not None:
+            count_once(norm, block)
         self._signature = inspect.signature(model.forward)
         model.register_forward_hook(self._logits, with_kwargs=True)
         model.compute_language_model_loss = lambda labels, logits: self._loss(stock, labels, logits)
 
     def _loss(self, stock: Callable[[Tensor, Tensor], Tensor], labels: Tensor, logits: Tensor) -> Tensor:
         """[b, s] losses of all tokens, from labels [b, s] and this rank's logits [s, b/n, V/m] or [s/n, b, V/m]."""
-        model, head = self._model, self._block.groups.head
-        own = _own(self._block, labels)
+        model, head, passing = self._model, self._block.groups.head, self._block.current
+        if passing.share is None:
+            return stock(labels, logits)
+        own = _own(passing, labels)
         if model.config.cross_entropy_loss_fusion:
             kept, model.pg_collection = model.pg_collection, copy.copy(model.pg_collection)
             model.pg_collection.tp = head
@@ -171,11 +204,12 @@ class _Output:
 
     def _all_tokens(self, own: Tensor) -> Tensor:
         """What a head group holds alike, of all tokens."""
-        return replace(self._block.share, sequence_parallel=False).whole(own)
+        return replace(self._block.current.share, sequence_parallel=False).whole(own)
 
     def _logits(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Where there are no labels: stock's logits [b, s, V/P] of all tokens, from this rank's."""
-        if self._signature.bind(*args, **kwargs).arguments.get("labels") is not None:
+        passing = self._block.current
+        if passing.share is None or self._signature.bind(*args, **kwargs).arguments.get("labels") is not None:
             return output
         own, n = output.transpose(0, 1), self._block.groups.grid.n
         if own.shape[0] == 1 < self._block.share.shape[0] and self._block.share.b % n:
@@ -187,9 +221,9 @@ class _Output:
             return self._all_tokens(own.contiguous()).transpose(0, 1).contiguous()
         # [s, b/n, n · V/P] -> [n, s, b/n, V/P]: to every rank of the dim group its part of the vocabulary
         parts = own.unflatten(2, (n, -1)).movedim(2, 0).contiguous()
-        return self._block.share.join(all_to_all(self._block.groups.dim, parts)).transpose(0, 1).contiguous()
+        return passing.share.join(all_to_all(self._block.groups.dim, parts)).transpose(0, 1).contiguous()
 
 
-def _own(block: Block, by_sample: Tensor) -> Tensor:
+def _own(passing: Pass, by_sample: Tensor) -> Tensor:
     """[b, s] -> this rank's samples or tokens."""
-    return block.share.cut(by_sample.transpose(0, 1)).transpose(0, 1).contiguous()
+    return passing.share.cut(by_sample.transpose(0, 1)).transpose(0, 1).contiguous()

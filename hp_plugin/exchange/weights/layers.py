@@ -1,7 +1,7 @@
 """Stock linears that gather their weights, and stock transformer layers that work on this rank's share of the tokens.
 
 Mixed into whatever classes the stock spec names. Parameters stay stock's shards of TP = P; only while a forward pass
-runs does stock believe that it has TP = m.
+runs whose weights move does stock believe that it has TP = m.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from hp_plugin.exchange.dropout_rng import DIM_PARALLEL_RNG, ensure_rng
 from hp_plugin.exchange.replicas import mark_partial
-from hp_plugin.exchange.weights.gathering import Chain, LayerWeights
+from hp_plugin.exchange.weights.block import Block, BlockMaker
+from hp_plugin.exchange.weights.gathering import LayerWeights
 from hp_plugin.exchange.weights.shards import Shard
-from hp_plugin.exchange.weights.share import Share, share_of
+from hp_plugin.exchange.weights.whole_tokens import count_once
 from hp_plugin.grid.groups import HeadDimGroups
 
 
@@ -39,13 +40,19 @@ class GatheringLinear:
 
     def __init__(self, *args: Any, runs: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not hasattr(super(), "_forward_impl"):  # its own would answer for any
+        if not self.can_be(type(self)):
             raise ValueError(
                 "exchange `weights` gathers for Megatron-Core's own linears only, not for those of "
                 f"{type(self).__mro__[-2].__module__}: give --transformer-impl local, or another --head-dim-exchange"
             )
         self._runs = runs
         self._layer: LayerWeights | None = None
+        self._gathers = True
+
+    @staticmethod
+    def can_be(linear: type) -> bool:
+        """Whether a linear of this class has a place where the whole weight can come in."""
+        return any("_forward_impl" in vars(base) for base in linear.__mro__ if base is not GatheringLinear)
 
     @classmethod
     def adopt(cls, linear: nn.Module, groups: HeadDimGroups, holder: nn.Module) -> None:
@@ -60,20 +67,28 @@ class GatheringLinear:
         self.shards = {name: Shard(self, name, self.shard_axis, self._runs, groups.grid.n) for name in names}
         yield from self.shards.values()
 
-    def gather_with(self, layer: LayerWeights) -> None:
-        """Joins the other linears of a layer, in one gather."""
-        self._layer = layer
+    def gather_with(self, layer: LayerWeights, block: Block) -> None:
+        """Joins the other linears of a layer, in one gather, in passes of this block whose weights move."""
+        self._layer, self._block = layer, block
+        # A fused kernel would add to the gradient of the gathered weight, which nobody keeps; and where it adds to a
+        # shard's in other passes of a step, data parallelism takes it to have seen to all of them.
+        self.gradient_accumulation_fusion = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self._layer is None:
             raise RuntimeError("exchange `weights` gathers for whole layers: build the model from head_dim_spec")
+        self._gathers = self._block.pass_of(input_, self.training).share is not None
+        if not self._gathers:
+            return super().forward(input_, *args, **kwargs)
         with self._on_head_group():
-            output, bias = super().forward(*args, **kwargs)
+            output, bias = super().forward(input_, *args, **kwargs)
             if bias is not None and "bias" in self.shards:
                 bias = self._layer.whole(self.shards["bias"])
         return output, bias
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None, **kwargs: Any) -> Tensor:
+        if not self._gathers:
+            return super()._forward_impl(*args, input=input, weight=weight, bias=bias, **kwargs)
         shard = self.shards["weight"]
         whole = self._layer.whole(shard)
         if bias is not None:
@@ -88,8 +103,6 @@ class GatheringLinear:
         changed: dict[str, Any] = {
             "tp_group": self._groups.head,
             "sequence_parallel": self.sequence_parallel and m > 1,
-            # A fused kernel would add to the gradient of the gathered weight, which nobody keeps.
-            "gradient_accumulation_fusion": False,
         }
         if hasattr(self, "allreduce_dgrad"):
             changed["allreduce_dgrad"] = self.allreduce_dgrad and m > 1
@@ -121,45 +134,19 @@ class OnWholeTokens:
     def work_in(self, block: Block) -> None:
         """The block whose share comes in and goes out."""
         self._block = block
+        block.choice.whole_tokens = True
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        share = self._block.share
-        output, bias = super().forward(share.whole(states), *args, **kwargs)
-        return share.own(output), bias
-
-
-class Block:
-    """What the layers of one block share: the chain of their weights, and the pass's share of the tokens."""
-
-    def __init__(self, groups: HeadDimGroups) -> None:
-        self.groups = groups
-        self.chain = Chain(groups.dim)
-        self.share: Share | None = None
-
-    def begin(self, s: int, b: int, sequence_parallel: bool) -> None:
-        """A micro-batch of b samples of s tokens enters."""
-        self.share = share_of(self.groups, s, b, sequence_parallel)
-        self.chain.begin()
-
-
-class BlockMaker:
-    """Gives the layers that are built from one block spec their common block: a new one for every first layer."""
-
-    def __init__(self) -> None:
-        self._block: Block | None = None
-
-    def block(self, groups: HeadDimGroups, first: bool) -> Block:
-        """The block that is being built."""
-        if first or self._block is None:
-            self._block = Block(groups)
-        return self._block
+        passing = self._block.pass_of(states, self.training)
+        output, bias = super().forward(passing.whole(states), *args, **kwargs)
+        return passing.own(output), bias
 
 
 class WeightsTransformerLayer:
     """A transformer layer between the ends of a block: on this rank's share, `[s, b/n, D]` or `[s/n, b, D]`.
 
     With sequence parallelism a rank of its head group has an m-th of that sequence. The first layer of a block takes,
-    and the last one returns, what stock's would.
+    and the last one returns, what stock's would. In passes whose activations move all of them do.
 
     Args:
         blocks: common to the layers of one block.
@@ -169,7 +156,7 @@ class WeightsTransformerLayer:
     def __init__(self, *args: Any, blocks: BlockMaker, first: bool, last: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         groups = HeadDimGroups.from_collection(kwargs.get("pg_collection"))
-        self.block = blocks.block(groups, first)
+        self.block = blocks.block(groups, self.config, first)
         self.first, self.last = first, last
         linears = [module for module in self.modules() if isinstance(module, GatheringLinear)]
         shards = [shard for linear in linears for shard in linear.cut(groups)]
@@ -180,7 +167,7 @@ class WeightsTransformerLayer:
             recomputed=recompute == "full" or (recompute == "selective" and "mlp" in self.config.recompute_modules),
         )
         for linear in linears:
-            linear.gather_with(self._weights)
+            linear.gather_with(self._weights, self.block)
         if isinstance(self.mlp, OnWholeTokens):
             self.mlp.work_in(self.block)
         elif not (self._gathers(self.mlp) or isinstance(self.mlp, (MoELayer, IdentityOp))):
@@ -201,22 +188,27 @@ class WeightsTransformerLayer:
         block = self.block
         if self.first:
             ranks = block.groups.grid.size if self.config.sequence_parallel else 1
-            block.begin(ranks * hidden_states.shape[0], hidden_states.shape[1], self.config.sequence_parallel)
-            hidden_states = block.share.own(hidden_states)
-        share = block.share
-        if hidden_states.shape[:2] != share.shape:
-            # A block has one share at a time, that of the latest micro-batch.
-            raise RuntimeError(
-                f"hidden states of {tuple(hidden_states.shape[:2])} are no share of {share.b} samples of {share.s} "
-                "tokens: with recompute, all micro-batches of exchange `weights` must have one shape"
+            passing = block.begin(
+                ranks * hidden_states.shape[0], hidden_states.shape[1], self.training, **_asked(kwargs)
             )
-        self.self_attention.micro_batch = (share.s, share.b)
+            block.pass_of(hidden_states, self.training)
+            hidden_states = passing.own(hidden_states)
+        else:
+            passing = block.pass_of(hidden_states, self.training)
+        if hidden_states.shape[:2] != passing.shape:
+            raise RuntimeError(
+                f"hidden states of {tuple(hidden_states.shape[:2])} are no share of {passing.b} samples of {passing.s} "
+                "tokens: layers of a block work on one micro-batch, one after the other"
+            )
+        self.self_attention.passing = passing
+        gathers = passing.share is not None
         if padding_mask is not None:
-            kwargs["padding_mask"] = share.own_padding(padding_mask)
-        self._weights.begin()
-        with self._hidden_dropout():
+            kwargs["padding_mask"] = passing.share.own_padding(padding_mask) if gathers else padding_mask
+        if gathers:
+            self._weights.begin()
+        with self._hidden_dropout() if gathers else nullcontext():
             output, context = super().forward(hidden_states, attention_mask, *args, **kwargs)
-        return block.share.whole(output) if self.last else output, context
+        return passing.whole(output) if self.last else output, context
 
     def _hidden_dropout(self) -> AbstractContextManager[Any]:
         """The random numbers of hidden states: alike in a head group, of their own on ranks with other tokens."""
@@ -237,10 +229,24 @@ class WeightsTransformerLayer:
             if name.startswith("mlp.") and not self._gathers(self.mlp):
                 continue
             mark_partial(parameter)
+        for module in self.modules():
+            count_once(module, self.block)
 
     @staticmethod
     def _gathers(module: nn.Module) -> bool:
         return any(isinstance(part, GatheringLinear) for part in module.modules())
+
+
+def _asked(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a pass is, beside its shape, by the arguments of a layer."""
+    angles = kwargs.get("rotary_pos_emb")
+    angles = angles[0] if isinstance(angles, tuple) else angles
+    biased = kwargs.get("attention_bias") is not None
+    return {
+        "rotary": 0 if angles is None else angles.shape[-1],
+        "alone": ("add an attention bias",) if biased else (),
+        "inference": any(kwargs.get(name) is not None for name in ("inference_context", "inference_params")),
+    }
 
 
 @cache

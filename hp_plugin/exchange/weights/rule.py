@@ -145,7 +145,27 @@ class WeightsRule(ExchangeRule):
         # sequence parallelism each is an all-to-all of a P-th of them.
         end = 2 * self.leaving(block.attention) / (m * n) if block.sequence_parallel else part
         ends = (2 + again if training else 1) * end
-        if block.whole_tokens:
-            ends *= 1 + block.moe
-        moved = linears + part * gathered / m + ends * block.hidden
+        ends *= block.blocks + (block.moe if block.whole_tokens else 0)
+        moved = linears + part * gathered / m + ends * block.hidden - self._shared_ends(block, training, end)
         return moved * itemsize + self._attention_bytes(block, itemsize, training)
+
+    def _shared_ends(self, block: BlockShape, training: bool, end: float) -> float:
+        """Elements that are not sent because embedding and output layer work on a share: see `embedding_moves_less`.
+
+        Of stock's ends a head group sums its n-th of the tokens only, no end of the block is beside them, and the
+        weight is gathered instead. `end` is what one end of a block moves, for each element of the hidden states.
+        """
+        m, n, size = block.attention.m, block.attention.n, block.attention.m * block.attention.n
+        again = training and block.recompute
+        tokens, weight = 0.0, 0
+        if block.embedding_shared:
+            # Summed, or with sequence parallelism scattered, and gathered again in backward.
+            around = (2 if training else 1) if block.sequence_parallel else 2
+            # Cutting tokens sends nothing; bringing back their gradient does.
+            cut = (1 + training + again) / 2 if block.sequence_parallel else training
+            tokens, weight = tokens + around * (size - m) / size + cut * end, weight + (2 if training else 1)
+        if block.output_shared:
+            around = (3 if training else 1) if block.sequence_parallel else (2 if training else 0)
+            joined = (1 + training + again) / 2 if block.sequence_parallel else 1 + again
+            tokens, weight = tokens + around * (size - m) / size + joined * end, weight + (3 if training else 1)
+        return tokens * block.hidden - weight * (n - 1) / n * block.vocabulary * block.D / m

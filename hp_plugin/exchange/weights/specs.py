@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,9 +16,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from hp_plugin.exchange.weights.block import BlockMaker
 from hp_plugin.exchange.weights.layers import (
-    BlockMaker,
     GatheringColumnLinear,
+    GatheringLinear,
     GatheringRowLinear,
     OnWholeTokens,
     WeightsTransformerLayer,
@@ -36,6 +37,34 @@ def gathering_spec(
     if _is_layer(spec):
         spec = _get_block_submodules(config, spec, vp_stage)
     return _Swap(config, mixed_in).in_blocks(spec)
+
+
+def can_gather(spec: Any) -> bool:
+    """Whether a spec tree has layers, and all linears that they would gather for are Megatron-Core's own."""
+    layers = list(_layers(spec))
+    return bool(layers) and all(map(GatheringLinear.can_be, _linears(layers)))
+
+
+def _layers(spec: Any) -> Iterator[ModuleSpec]:
+    if _is_layer(spec):
+        yield spec
+    elif isinstance(spec, (list, tuple)):
+        for one in spec:
+            yield from _layers(one)
+    elif is_dataclass(spec) and not isinstance(spec, type):
+        names = ["submodules"] if isinstance(spec, ModuleSpec) else [field.name for field in fields(spec)]
+        for name in names:
+            yield from _layers(getattr(spec, name))
+
+
+def _linears(layers: list[ModuleSpec]) -> Iterator[type]:
+    """The classes of the linears that gather."""
+    for layer in layers:
+        _, attention = parts(layer.submodules.self_attention)
+        yield from (parts(getattr(attention, name))[0] for name in ("linear_qkv", "linear_proj"))
+        mlp, linears = parts(layer.submodules.mlp)
+        if issubclass(mlp, MLP):
+            yield from (parts(getattr(linears, name))[0] for name in ("linear_fc1", "linear_fc2"))
 
 
 @dataclass(frozen=True)

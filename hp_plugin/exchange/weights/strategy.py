@@ -16,8 +16,9 @@ from hp_plugin.exchange.strategy import QKV, CoreSettings, Exchange, QKVLayout
 from hp_plugin.exchange.weights.ends import move_ends
 from hp_plugin.exchange.weights.keys_values import gather_tokens
 from hp_plugin.exchange.weights.layers import GatheringColumnLinear, GatheringRowLinear
+from hp_plugin.exchange.weights.lying_still import keep_weights
 from hp_plugin.exchange.weights.rule import WeightsRule
-from hp_plugin.exchange.weights.specs import gathering_spec
+from hp_plugin.exchange.weights.specs import can_gather, gathering_spec
 from hp_plugin.grid.groups import HeadDimGroups
 
 
@@ -31,6 +32,11 @@ class WeightsExchange(BatchExchange):
         self._by_tokens = TokensExchange(groups, layout)
 
     @classmethod
+    def can_take(cls, spec: Any, config: TransformerConfig) -> bool:
+        """Layers of Megatron-Core's own linears, and no switch that it cannot do."""
+        return not cls.rule.cannot(config) and can_gather(spec)
+
+    @classmethod
     def whole_layers(
         cls, spec: Any, config: TransformerConfig, vp_stage: int | None, mixed_in: Callable[..., Any]
     ) -> Any:
@@ -41,6 +47,11 @@ class WeightsExchange(BatchExchange):
     def whole_model(cls, model: nn.Module) -> None:
         """Embedding and output layer on the share, where that moves less."""
         move_ends(model)
+
+    @classmethod
+    def rule_out(cls, model: nn.Module) -> None:
+        """Activations move in every pass."""
+        keep_weights(model)
 
     def at(self, shape: AttentionShape) -> Exchange:
         """Itself for b/n samples, or the variant for s/n tokens."""

@@ -1,0 +1,216 @@
+"""Under `auto` models train as stock TP = 1 does, whatever moves, and send no more than under any one exchange."""
+
+import contextlib
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from hp_plugin import cpu_backend
+from hp_plugin.attention.specs import head_dim_spec
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
+from hp_plugin.compare.ranks.traffic import counted
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.exchange.weights.choice import Choice
+from hp_plugin.refusal import RefusedError
+from tests.dist.gpt import SEQUENCE, Case, Outcome, build, evaluate, run_step, start, train
+from tests.dist.test_gpt_on_grid import agrees, stock_case
+from tests.ranks import Ranks
+
+Chosen = set[tuple[bool, bool]]
+"""(training, weights moved)."""
+SP = {"sequence_parallel": True}
+SWIGLU = {"gated_linear_unit": True, "add_bias_linear": False, "normalization": "RMSNorm"}
+TRAINED, KEPT, READ, LOOKED = (True, True), (True, False), (False, True), (False, False)
+
+
+def on(m: int, n: int, micro_batch: int = 2, **fields: Any) -> Case:
+    return Case(grid=HeadDimConfig(m, n, "auto"), tp=m * n, micro_batch=micro_batch, **fields)
+
+
+def full(**fields: Any) -> dict[str, Any]:
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1, **fields}
+
+
+def selective(*modules: str, **fields: Any) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules), **fields}
+
+
+def train_watched(case: Case) -> tuple[Outcome, Chosen]:
+    """What a rank saw, and what it chose."""
+    chosen: Chosen = set()
+    original = Choice.gathers
+
+    def watched(self: Choice, s: int, b: int, training: bool, *rest: Any, **more: Any) -> bool:
+        gathers = original(self, s, b, training, *rest, **more)
+        chosen.add((training, gathers))
+        return gathers
+
+    Choice.gathers = watched  # type: ignore[method-assign]
+    try:
+        return train(case), chosen
+    finally:
+        Choice.gathers = original  # type: ignore[method-assign]
+
+
+# Tokens of a micro-batch decide: a sample has 16. Of 4 samples weights move on 2x2, of one or two activations do;
+# forward-only passes move weights from 2 samples on.
+MIXED = (4, 2, 1, 1)
+CASES: dict[str, tuple[Case, Chosen]] = {
+    "weights": (on(2, 2, 4), {TRAINED}),
+    "activations": (on(2, 2, 2), {KEPT}),
+    "activations on 1x4, QK-norm": (on(1, 4, 2, model={"qk_layernorm": True}), {KEPT}),
+    "activations SP": (on(2, 2, 1, model=SP | SWIGLU), {KEPT}),
+    "mixed sizes": (on(2, 2, batches=MIXED), {TRAINED, KEPT}),
+    "mixed sizes on 1x4": (on(1, 4, 8, batches=(5, 3)), {TRAINED, KEPT}),
+    "mixed sizes, ends as stock's": (on(2, 2, 8, batches=(2, 6), ends=False, tied=False), {TRAINED, KEPT}),
+    "mixed sizes, learned positions, untied": (
+        on(2, 2, batches=MIXED, tied=False, positions="learned_absolute", model={"add_bias_linear": False}),
+        {TRAINED, KEPT},
+    ),
+    "mixed sizes, SP QK-norm": (on(2, 2, batches=MIXED, model=SP | {"qk_layernorm": True}), {TRAINED, KEPT}),
+    "mixed sizes, SwiGLU, output gate, masks of their own": (
+        on(2, 2, batches=MIXED, own_masks=True, model=SWIGLU | {"attention_output_gate": True}),
+        {TRAINED, KEPT},
+    ),
+    "mixed sizes, recompute layers": (on(2, 2, batches=MIXED, model=full()), {TRAINED, KEPT}),
+    "mixed sizes, recompute layers by twos, SP": (
+        on(2, 2, batches=MIXED, model=full(recompute_num_layers=2) | SP),
+        {TRAINED, KEPT},
+    ),
+    "mixed sizes, recompute MLPs and attention": (
+        on(2, 2, batches=MIXED, model=selective("mlp", "core_attn")),
+        {TRAINED, KEPT},
+    ),
+    "mixed sizes, recompute norms": (on(2, 2, batches=MIXED, model=selective("layernorm")), {TRAINED, KEPT}),
+    # Passes of both kinds are on their way at once, in each other's backward.
+    "mixed sizes PP=2": (on(1, 2, 4, pp=2, batches=(6, 1, 1)), {TRAINED, KEPT}),
+    "mixed sizes PP=2, recompute layers": (on(1, 2, 4, pp=2, batches=(6, 1, 1), model=full()), {TRAINED, KEPT}),
+    "mixed sizes PP=2, recompute MLPs and attention, SP": (
+        on(1, 2, 4, pp=2, batches=(2, 6), model=selective("mlp", "core_attn") | SP),
+        {TRAINED, KEPT},
+    ),
+    "mixed sizes PP=2 interleaved SP, recompute layers": (
+        on(1, 2, 4, pp=2, vp=2, batches=(2, 4, 1, 1), model=SP | full()),
+        {TRAINED, KEPT},
+    ),
+    "evaluation between steps": (on(2, 2, 2, evaluate=True), {KEPT, READ}),
+    "evaluation between steps, SP, tokens": (on(2, 2, 1, evaluate=True, model=SP), {KEPT, LOOKED}),
+    "evaluation between steps, recompute layers": (on(2, 2, 2, evaluate=True, model=full()), {TRAINED, READ}),
+    "evaluation between mixed sizes, overlapped distributed optimizer DP=2 clipped": (
+        on(1, 2, 4, batches=(3, 1), evaluate=True, steps=3, distributed_optimizer=True, overlap=True, bucket_size=1000),
+        {KEPT, READ},
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "expected"), CASES.values(), ids=CASES.keys())
+def test_trains_as_stock_on_one_rank(ranks: Ranks, case: Case, expected: Chosen) -> None:
+    world = max(4, case.tp * case.pp)
+    batches = case.batches * (world // (case.tp * case.pp))
+    alone = replace(stock_case(case), batches=batches, evaluate=case.evaluate, steps=case.steps)
+    (stock,) = ranks.run(1, train, alone)
+    found = ranks.run(world, train_watched, case)
+    assert all(chosen == expected for _, chosen in found), found[0][1]
+    agrees(case, stock, [outcome for outcome, _ in found])
+    for outcome, _ in found:
+        assert outcome.evaluations == pytest.approx(stock.evaluations, rel=1e-4)
+
+
+FIXED = ("batch", "sequence", "scores", "weights")
+MAP = {
+    "2x2": on(2, 2),
+    "2x2 SP": on(2, 2, model=SP),
+    "2x2 SwiGLU, untied": on(2, 2, tied=False, model=SWIGLU),
+    "1x4": on(1, 4),
+    "1x4 SP QK-norm": on(1, 4, model=SP | {"qk_layernorm": True}),
+}
+
+
+def sent(case: Case) -> dict[tuple[int, str], dict[str, float]]:
+    """Bytes that this rank sent within its TP group, by samples of a micro-batch and kind of step, and by exchange."""
+    cpu_backend.enable()
+    start(case)
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for b in (1, 2, 4, 8):
+        for exchange in (*FIXED, "auto"):
+            sizes = {"micro_batch_size": b, "seq_length": SEQUENCE}
+            one = replace(case.but(**sizes), micro_batch=b, grid=case.grid.with_exchange(exchange))
+            try:
+                chunks = build(one)
+            except RefusedError:
+                assert exchange == "batch" and b % case.grid.n
+                continue
+            for kind, run in (("train", run_step), ("forward", evaluate)):
+                with counted() as traffic:
+                    run(one, chunks, 0)
+                total = sum(call.sent for call in traffic.calls if call.axis in ("tp", "head", "dim"))
+                found.setdefault((b, kind), {})[exchange] = total
+    return found
+
+
+@pytest.mark.parametrize("case", MAP.values(), ids=MAP.keys())
+def test_it_sends_no_more_than_the_best_fixed_exchange(ranks: Ranks, case: Case) -> None:
+    """Recorded, over a map of 40 shapes: five kinds of layers, four sizes of micro-batches, both kinds of steps."""
+    found = ranks.run(4, sent, case)
+    best = set()
+    for shape in found[0]:
+        # Of all ranks: under sequence parallelism they differ in which tokens are theirs already.
+        totals = {name: sum(one[shape][name] for one in found) for name in found[0][shape]}
+        auto = totals.pop("auto")
+        best.add(min(totals, key=lambda name: totals[name]))
+        assert auto <= 1.03 * min(totals.values()), (shape, totals, auto)
+    assert len(found[0]) == 8 and len(best) > 1
+
+
+def said(case: Case) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        train(case)
+    return text.getvalue()
+
+
+def test_it_says_once_what_it_chose_and_why(ranks: Ranks) -> None:
+    first, *others = ranks.run(4, said, on(2, 2, evaluate=True, steps=2))
+    lines = [line for line in first.splitlines() if "auto" in line]
+    assert lines == [
+        " > --head-dim-exchange auto: forward-only passes of 2 x 16 tokens move weights; a rank sends per micro-batch: "
+        "weights 0.05 MB, batch 0.06 MB, sequence 0.06 MB, scores 0.07 MB",
+        " > --head-dim-exchange auto: training passes of 2 x 16 tokens move activations (`batch`); a rank sends per "
+        "micro-batch: batch 0.11 MB, sequence 0.11 MB, weights 0.12 MB, scores 0.16 MB",
+    ]
+    assert not any("auto" in text for text in others)
+
+
+def config(**fields: Any) -> HeadDimTransformerConfig:
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "add_bias_linear": False}
+    return HeadDimTransformerConfig(**{**sizes, "head_dim_parallel": HeadDimConfig(2, 2), **fields})
+
+
+def test_layers_that_cannot_gather_are_left_to_the_others() -> None:
+    stock = get_gpt_layer_local_spec()
+    whole = head_dim_spec(stock, config())
+    assert whole.layer_specs[0].submodules.self_attention.params["exchanges"] == ("batch", "sequence", "scores", "weights")
+    other = get_gpt_layer_local_spec()
+    # As Transformer Engine's linears have no place where a whole weight could come in.
+    other.submodules.mlp.submodules.linear_fc1 = torch.nn.Linear
+    graphs = head_dim_spec(stock, config(distribute_saved_activations=True, recompute_granularity="full",
+                                         recompute_method="uniform", recompute_num_layers=1))  # fmt: skip
+    for spec in (head_dim_spec(other, config()), graphs):
+        assert spec.module is TransformerLayer
+        assert spec.submodules.self_attention.params["exchanges"] == ("batch", "sequence", "scores")
+
+
+def test_a_fixed_exchange_is_no_choice() -> None:
+    fixed = Choice(config(head_dim_parallel=HeadDimConfig(2, 2, "weights")))
+    assert fixed.gathers(16, 2, True) and not fixed.free
+    with pytest.raises(ValueError, match="exchange `weights` always moves weights"):
+        fixed.keep_weights()
+    free = Choice(config())
+    # Beside a cache, and where weights are not to move, activations do, however many tokens there are.
+    assert not free.gathers(2**16, 2, False, inference=True)
+    free.keep_weights()
+    assert not free.gathers(2**16, 2, True)
