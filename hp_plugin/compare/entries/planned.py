@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hp_plugin.compare.entries.entrant import Entrant
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.model_shape import ModelShape
@@ -44,7 +46,12 @@ def share_of(entrant: Entrant, mode: str) -> Share:
     assert config.global_batch_size is not None
     itemsize = 2 if config.fp16 or config.bf16 else 4
     workload = Workload(mode, config.seq_length, config.global_batch_size, itemsize, 2 if config.fp16 else 4)
-    return Share(model_shape(config), entrant.layout, workload)
+    share = Share(model_shape(config), entrant.layout, workload)
+    grid = entrant.layout.grid
+    if grid is None or not grid.chooses:
+        return share
+    own = config.transformer_impl == "local"
+    return replace(share, layout=replace(entrant.layout, grid=grid.with_exchange(share.chosen(own))))
 
 
 def group_sizes(entrant: Entrant) -> dict[str, int]:

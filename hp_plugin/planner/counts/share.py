@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hp_plugin.exchange.rule import STOCK, AttentionShape, BlockShape, Cached, ExchangeRule, Inner
-from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.rules import RULES, choose, with_shared_ends
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.planner.counts.served_attention import AttentionData, served_rule
 from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, qkv_rows, stage_parameters
@@ -211,7 +211,33 @@ class Share:
         if grid is None or not self.layout.exchange:
             return served_rule(self.layout) or STOCK
         # Whether a sequence suits an exchange is asked of all of it, whatever context parallelism leaves of it.
-        return RULES[grid.check_shape(replace(self.attention_shape, s=self.workload.new_tokens_per_sequence))]
+        first = grid.check_shape(replace(self.attention_shape, s=self.workload.new_tokens_per_sequence))
+        if not grid.chooses or self.workload.mode == "decode":
+            return RULES[first]
+        # Transformer Engine's layers, which fused kernels are, have no place where gathered weights could come in.
+        return RULES[self.chosen(own_linears=not self.layout.fused)]
+
+    def chosen(self, own_linears: bool) -> str:
+        """What the grid's exchange comes to where it is left open, by counting the bytes of a pass.
+
+        Args:
+            own_linears: whether the layers' linears are Megatron-Core's own, which can gather their weights.
+
+        Raises:
+            RefusedError: nothing can carry this shape.
+        """
+        grid, model, layout = self.layout.grid, self.model, self.layout
+        assert grid is not None, "only a grid has exchanges"
+        block = self.block_shape(model.layers - model.moe_layers, model.moe_layers)
+        block = replace(block, blocks=layout.stages)
+        if own_linears and grid.order == DIM_INNERMOST:
+            block = with_shared_ends(block, model.vocab)
+
+        def able(rule: ExchangeRule) -> bool:
+            whole = layout.cp == 1 or (rule.stock_core and not rule.moves_weights)
+            return whole and (own_linears or not rule.moves_weights)
+
+        return choose(grid.exchange, block, self.workload.training, self.e, able).name
 
     @cached_property
     def inner(self) -> Inner:
