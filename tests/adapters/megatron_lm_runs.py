@@ -76,7 +76,8 @@ def run(
     driver = tree / "on_cpu.py"
     driver.write_text(ON_CPU)
     # Scripts further down import from the root of the tree.
-    path = f"{ROOT}:{tree}" if "/" in script else str(ROOT)
+    roots = [str(ROOT), str(tree)] if "/" in script else [str(ROOT)]
+    path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
     start = ["-m", "hp_plugin.launch"] if launcher else [str(driver)]
     done = subprocess.run(
         [

@@ -25,6 +25,7 @@ pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 GQA = "--group-query-attention --num-query-groups"
 LLAMA = "--normalization RMSNorm --swiglu --untie-embeddings-and-output-weights --disable-bias-linear"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 CASES = {
     "MHA": ("", "--head-dim-parallel 2,2"),
     "one key/value head": (f"{GQA} 1", "--head-dim-parallel 1,4"),
@@ -41,8 +42,7 @@ CASES = {
     ),
     "QK-norm, recomputed, scores": (
         f"{GQA} 2 --qk-layernorm",
-        "--head-dim-parallel 2,2 --head-dim-exchange scores --recompute-granularity full --recompute-method uniform "
-        "--recompute-num-layers 1",
+        f"--head-dim-parallel 2,2 --head-dim-exchange scores {RECOMPUTED}",
     ),
     "auto, multi-token prediction": (
         f"{GQA} 2 --mtp-num-layers 1",
@@ -56,6 +56,15 @@ CASES = {
     "weights by tokens, multi-token prediction": (
         f"{GQA} 2 --mtp-num-layers 1",
         "--head-dim-parallel 1,4 --head-dim-exchange weights",
+    ),
+    "weights, multi-token prediction, recomputed": (
+        f"{GQA} 2 --mtp-num-layers 1 --micro-batch-size 4",
+        f"--head-dim-parallel 2,2 --head-dim-exchange weights {RECOMPUTED}",
+    ),
+    # Of 4 samples weights move.
+    "auto, multi-token prediction, recomputed, evaluated": (
+        f"{GQA} 2 --mtp-num-layers 1 --micro-batch-size 4 --eval-iters 1 --eval-interval 2",
+        f"--head-dim-parallel 2,2 {RECOMPUTED}",
     ),
     "weights, distributed optimizer": (
         "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
