@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hp_plugin.cpu_backend.hook import MEGATRON, Hook
 
 _RANDOM = "megatron.core.tensor_parallel.random"
+_LATENT = "megatron.core.transformer.multi_latent_attention"
 
 
 def recompute_without_fp8(original: Callable[..., None]) -> Callable[..., None]:
@@ -39,6 +41,19 @@ def refuse_pages(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def latent_attention_without_transformer_engine(original: Callable[..., None]) -> Callable[..., None]:
+    """`MultiLatentAttention.__init__`, which asks a linear whether it is of a class that is a mock without it."""
+
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        module = sys.modules[_LATENT]
+        there = isinstance(getattr(module, "TELinear", None), type)
+        module.HAVE_TE = module.HAVE_TE and there  # type: ignore[attr-defined]
+        original(self, *args, **kwargs)
+
+    return init
+
+
 HOOKS = [
     Hook(
         "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext",
@@ -55,5 +70,14 @@ HOOKS = [
         made_for=MEGATRON,
         parameters=("self", "fp8"),
         fragment=(f"{_RANDOM}.CheckpointWithoutOutput.__init__", "self.fp8 = fp8 is not None"),
+    ),
+    Hook(
+        f"{_LATENT}.MultiLatentAttention",
+        "__init__",
+        latent_attention_without_transformer_engine,
+        until="HAVE_TE says there whether Transformer Engine is",
+        made_for=MEGATRON,
+        parameters=("self", "config", "submodules", "layer_number", "attn_mask_type", "attention_type"),
+        fragment=(_LATENT, "isinstance(self.linear_proj, TELinear)"),
     ),
 ]
