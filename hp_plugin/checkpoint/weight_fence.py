@@ -34,10 +34,12 @@ def fence_weights(layer: nn.Module, axes: Mapping[str, tuple[int, SlicedAxis]], 
     own = (grid.m, grid.n, i, j)
 
     def show(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if any(type(state.get(prefix + name)) is nn.Parameter for name in axes):
+            return  # parameters, to be described: of a list of layers `sharded_state_dict` takes what this returns
         for name, (axis, sliced) in axes.items():
             weight = state.get(prefix + name)
             # Not what ZeRO-3 or FSDP leave of it.
-            if type(weight) in (Tensor, nn.Parameter) and weight.shape[axis : axis + 1] == (sliced.local_size,):
+            if type(weight) is Tensor and weight.shape[axis : axis + 1] == (sliced.local_size,):
                 state[prefix + name] = weight.unflatten(axis, (sliced.local_slots, sliced.local_width))
         state[prefix + BLOCK] = torch.tensor(own)
 

@@ -43,6 +43,14 @@ def test_what_is_saved_loads_again_and_is_the_weights_own() -> None:
         assert torch.equal(own, new)
 
 
+def test_parameters_themselves_are_left_alone() -> None:
+    """As Megatron-Core asks for them, of lists of layers, to describe them."""
+    layer = fenced(2, 2, 3)
+    asked = layer.state_dict(keep_vars=True)
+    assert asked.keys() == dict(layer.named_parameters()).keys()
+    assert all(asked[name] is parameter for name, parameter in layer.named_parameters())
+
+
 def test_plain_weights_load_too() -> None:
     plain = {name: parameter.detach() for name, parameter in fenced(2, 2, 3).named_parameters()}
     layer = fenced(2, 2, 3)
