@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from hp_plugin.exchange.masks import names_documents
 from hp_plugin.exchange.strategy import CoreSettings, Exchange, Turn
 
 
@@ -72,5 +73,5 @@ class HeadDimCoreAttention:
 
     def _effective_mask(self, mask: Tensor | None) -> Tensor | None:
         """The mask that the stock class would heed: Transformer Engine's ignores one beside a causal mask type."""
-        local = isinstance(self, DotProductAttention)
+        local = isinstance(self, DotProductAttention) or names_documents(mask)
         return mask if local or self._mask_type != AttnMaskType.causal else None

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,20 +21,21 @@ from torch import Tensor
 
 from hp_plugin.attention.core_attention import HeadDimCoreAttention
 from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, submodule_spec
+from hp_plugin.attention.on_grid import GridAttention, groups_of, stock_collection
 from hp_plugin.attention.transformer_config import check_supported
 from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.kv_cache import check_room
+from hp_plugin.exchange.masks import document_numbers, document_positions
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import candidates, resolve, traded
+from hp_plugin.exchange.rules import RULES, candidates, resolve, traded
 from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.exchange.strategies import STRATEGIES
-from hp_plugin.exchange.strategy import Exchange, QKVLayout, Turn
-from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.exchange.strategy import Angles, Exchange, QKVLayout, Turn
 from hp_plugin.grid.ownership import proj_columns, qkv_rows
 
 
-class HeadDimSelfAttention(SelfAttention):
+class HeadDimSelfAttention(GridAttention, SelfAttention):
     """`SelfAttention` whose heads are split over the head axis and whose head dimension is split over the dim axis.
 
     The stock class runs on the head group, with full heads of this rank's share of the work (`batch`, `sequence`) or
@@ -63,12 +63,7 @@ class HeadDimSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         head_dim: HeadDimConfig = config.head_dim_parallel
-        groups = HeadDimGroups.from_collection(pg_collection)
-        if groups.grid != head_dim.grid:
-            raise RuntimeError(
-                f"the model's grid is {head_dim.grid}, the initialized one {groups.grid}: "
-                "initialize_head_dim_parallel and the config must name the same"
-            )
+        groups = groups_of(head_dim, pg_collection)
         check_supported(config, head_dim)
         h, g, d = config.num_attention_heads, config.num_query_groups, config.kv_channels
         head_dim.check_heads(h, g, d)
@@ -81,9 +76,9 @@ class HeadDimSelfAttention(SelfAttention):
         turn = Turn(next(iter(known.values())))
         # Linears that gather do without where they are not to.
         gathering = next((exchange for exchange in known.values() if exchange.rule.moves_weights), turn.exchange)
-        column, for_column = gathering.parallel_linear(HeadDimColumnParallelLinear, layout.slots)
-        row, for_row = gathering.parallel_linear(HeadDimRowParallelLinear, layout.heads)
-        collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
+        column, for_column = gathering.parallel_linear(HeadDimColumnParallelLinear, layout.slots, head_dim.chooses)
+        row, for_row = gathering.parallel_linear(HeadDimRowParallelLinear, layout.heads, head_dim.chooses)
+        collection = copy.copy(pg_collection) if pg_collection is not None else stock_collection()
         collection.tp = turn.exchange.stock_group
         true_config, config = config, turn.exchange.stock_config(config)
         super().__init__(
@@ -123,8 +118,6 @@ class HeadDimSelfAttention(SelfAttention):
         self.head_dim = head_dim
         self.groups = groups
         self.true_config = true_config
-        # What the layer around says of the whole micro-batch, where it may give attention its share of it.
-        self.passing: Any = None
         self._exchanges = known
         self._turn = turn
 
@@ -155,14 +148,11 @@ class HeadDimSelfAttention(SelfAttention):
                 inference_context=inference_context,
                 **kwargs,
             )
-        if packed_seq_params is not None:
-            h, g = self.true_config.num_attention_heads, self.true_config.num_query_groups
-            raise ValueError(
-                f"packed sequences cannot be split over the dim axis: {self.head_dim.without_slices(h, g)}, or pad"
-            )
         if self._rotates_nothing:
             rotary_pos_emb = None
         angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
+        if packed_seq_params is not None:
+            attention_mask, angles = self._by_document(packed_seq_params, angles)
         exchange = self._pick(hidden_states, angles[0], attention_bias is not None, inference_context)
         stock, own = exchange.split_angles(angles, self.config)
         self._turn.begin(exchange, own, caching=inference_context is not None)
@@ -183,6 +173,28 @@ class HeadDimSelfAttention(SelfAttention):
         if inference_context is not None:
             inference_context = self._turn.exchange.stock_cache(inference_context, self.layer_number, key)
         return super()._adjust_key_value_for_inference(inference_context, query, key, *args, **kwargs)
+
+    def _by_document(self, packed: Any, angles: Angles) -> tuple[Tensor, Angles]:
+        """What stands for the mask of packed sequences, and each token's angles.
+
+        Tokens are spread as those of one long sample, which sees its own document alone.
+        """
+        passing = self.passing
+        if passing is None or passing.share is None or passing.b % self.head_dim.n == 0:
+            h, g = self.true_config.num_attention_heads, self.true_config.num_query_groups
+            moving = " or ".join(name for name, rule in RULES.items() if rule.moves_weights)
+            raise ValueError(
+                f"packed sequences cannot be split over the dim axis: {self.head_dim.without_slices(h, g)}, or pad, or "
+                f"--head-dim-exchange {moving}, which takes one row of them"
+            )
+        padded = getattr(packed, "cu_seqlens_q_padded", None)
+        if padded is not None and self.attn_mask_type != AttnMaskType.causal:
+            raise ValueError("packed sequences with padding between them need causal attention on a grid")
+        bounds = packed.cu_seqlens_q if padded is None else padded
+        numbers = document_numbers(bounds, passing.s)
+        places = document_positions(bounds, numbers)
+        query, key = (None if one is None else one[places.clamp(max=len(one) - 1)] for one in angles)
+        return numbers, (query, key)
 
     @property
     def _rotates_nothing(self) -> bool:
@@ -238,7 +250,3 @@ def _picked(
         return resolve(moving[0], shape)
     first = head_dim.check_shape(shape)
     return first if training is None else traded(head_dim.exchange, shape, training, itemsize)
-
-
-def _stock_collection() -> ProcessGroupCollection:
-    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp"])

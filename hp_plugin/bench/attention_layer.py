@@ -30,7 +30,7 @@ from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rules import AUTO, RULES
+from hp_plugin.exchange.rules import AUTO, RULES, traded
 from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.processes.rank import begin_rank
@@ -103,9 +103,10 @@ def _layer(args: argparse.Namespace, head_dim: HeadDimConfig | None) -> nn.Modul
     )
     spec = with_fused_core(get_gpt_layer_local_spec(), config)
     spec = spec if head_dim is None else head_dim_spec(spec, config)
+    layer = next(iter(getattr(spec, "layer_specs", [spec])))  # exchanges may make a block of it
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
-    return build_module(spec.submodules.self_attention, config=config, layer_number=1)
+    return build_module(layer.submodules.self_attention, config=config, layer_number=1)
 
 
 def _require_same(layers: dict[str, nn.Module], inputs: Tensor) -> None:
@@ -166,7 +167,7 @@ def _report(args: argparse.Namespace, head_dim: HeadDimConfig, times: dict[str, 
     )
     tp, qkv = dist.get_world_size(), (args.num_attention_heads + 2 * args.num_query_groups) * args.kv_channels
     gathered = args.seq_length * args.micro_batch_size * qkv * (tp - 1) // tp if args.num_query_groups < tp else 0
-    moved = RULES[head_dim.check_shape(shape)].elements(shape)
+    moved = RULES[traded(head_dim.exchange, shape, True, 4)].elements(shape)
     print(f"  elements received around attention, per rank, forward: stock {gathered:,}, grid {moved:,}")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention
 from torch import nn
 
-from hp_plugin.attention.self_attention import HeadDimSelfAttention
+from hp_plugin.attention.on_grid import GridAttention
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.grid.groups import HeadDimGroups
@@ -27,9 +27,9 @@ def check_model(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
         raise ValueError(f"head_dim_parallel m={head_dim.m}, n={head_dim.n}: {complaint}")
 
 
-def grid_layers(model: nn.Module) -> dict[str, HeadDimSelfAttention]:
+def grid_layers(model: nn.Module) -> dict[str, GridAttention]:
     """The attention layers on a grid, by their names in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, HeadDimSelfAttention)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, GridAttention)}
 
 
 def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups) -> Iterator[str]:
@@ -52,7 +52,7 @@ def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
             "the model has no attention layer on the grid: build it after the grid is registered, from "
             "hp_plugin.head_dim_spec(...) and a HeadDimTransformerConfig (or pass a function that builds it as `model`)"
         )
-    attention = [name for name, module in model.named_modules() if isinstance(module, SelfAttention)]
+    attention = [name for name, module in model.named_modules() if isinstance(module, Attention)]
     off_grid = [name for name in attention if name not in on_grid]
     if off_grid:
         yield f"{len(off_grid)} attention layer(s) are off the grid, the first is {off_grid[0]}: use head_dim_spec"

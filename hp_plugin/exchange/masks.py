@@ -1,4 +1,4 @@
-"""Which keys a query may see, in the conventions of Megatron-Core's local attention."""
+"""Which keys a query may see, in the conventions of Megatron-Core's local attention, or by document."""
 
 from __future__ import annotations
 
@@ -41,3 +41,24 @@ def mask_rows(mask: Tensor, queries: range) -> Tensor:
             "take [b or 1, 1, s or 1, s]; --head-dim-exchange batch takes masks per head, where n divides the batch"
         )
     return mask if mask.shape[2] == 1 else mask[:, :, queries.start : queries.stop]
+
+
+def document_numbers(bounds: Tensor, tokens: int) -> Tensor:
+    """Which document each of `tokens` packed tokens is of, `[tokens]`, from `bounds` = [0, end of the first, ..]."""
+    positions = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
+    return torch.searchsorted(bounds[1:], positions, right=True)
+
+
+def document_positions(bounds: Tensor, numbers: Tensor) -> Tensor:
+    """Each packed token's place in its document, `[tokens]`."""
+    return torch.arange(len(numbers), device=bounds.device) - bounds[numbers]
+
+
+def names_documents(mask: Tensor | None) -> bool:
+    """Whether a mask is the number of each token's document, `[s]`, in place of what is hidden from each query."""
+    return mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool
+
+
+def other_documents(numbers: Tensor, queries: range, keys: int) -> Tensor:
+    """True where a key is of another document than the query: `[len(queries), keys]`."""
+    return numbers[queries.start : queries.stop, None] != numbers[None, :keys]

@@ -22,7 +22,7 @@ def attention_shape(
 
     `alone` is what a pass asks for, beside the configuration, that only stock's inner attention does.
     """
-    norm = None
+    norm, latent = None, getattr(config, "multi_latent_attention", False)
     if config.qk_layernorm:
         norm = "L2Norm" if getattr(config, "qk_l2_norm", False) else config.normalization
     return AttentionShape(
@@ -30,7 +30,8 @@ def attention_shape(
         b=b,
         h=config.num_attention_heads,
         g=config.num_query_groups or config.num_attention_heads,
-        d=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        # No channels of latent heads are cut: any number will do.
+        d=head_dim.n if latent else config.kv_channels or config.hidden_size // config.num_attention_heads,
         m=head_dim.m,
         n=head_dim.n,
         gate=getattr(config, "attention_output_gate", False),

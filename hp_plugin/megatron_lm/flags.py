@@ -100,7 +100,10 @@ def settle(args: argparse.Namespace, argv: Sequence[str]) -> HeadDimConfig | Non
         raise RefusedError(refusals, f"{GRID_FLAG} {head_dim.flag}: ")
     head_dim.check_world_size(args.world_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     if _heads_known(args, view):
-        head_dim.check_heads(args.num_attention_heads, view.num_query_groups, view.kv_channels)
+        latent = getattr(args, "multi_latent_attention", False)
+        head_dim.check_heads(
+            args.num_attention_heads, view.num_query_groups, head_dim.n if latent else view.kv_channels
+        )
     if shape is not None:
         head_dim.check_shape(shape)
     args.tensor_model_parallel_size = head_dim.size
@@ -168,6 +171,12 @@ def _refusals(args: argparse.Namespace, view: argparse.Namespace, head_dim: Head
     """What Megatron-LM's own arguments ask for and the grid cannot do, beside what the model's configuration shows."""
     for said in unfit(args, head_dim, head_dim.without_slices(args.num_attention_heads, view.num_query_groups)):
         yield Refusal("feature", said)
+    if getattr(args, "multi_latent_attention", False) and args.transformer_impl != "local":
+        yield Refusal(
+            "feature",
+            "multi-latent attention (MLA) on a grid gathers the weights of Megatron-Core's own linears: give "
+            "--transformer-impl local",
+        )
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         yield Refusal(
             "installation",

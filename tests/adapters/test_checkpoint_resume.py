@@ -67,6 +67,8 @@ def all_runs(cache: str, layout: str, folder: str, interrupted: str, resumed: st
     ("layout", "interrupted", "resumed"),
     [
         ("--head-dim-parallel 2,2", "", "--async-save"),
+        # Of one sample activations move in training, and weights in the passes between.
+        ("--head-dim-parallel 2,2 --micro-batch-size 1 --eval-interval 1 --eval-iters 1", "", ""),
         ("--head-dim-parallel 2,2 --head-dim-exchange scores", "--async-save", ""),
         ("--head-dim-parallel 1,2 --use-distributed-optimizer --bf16", "", ""),
         ("--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2", "--async-save", "--async-save"),

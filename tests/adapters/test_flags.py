@@ -152,7 +152,12 @@ def test_auto_takes_the_widest_head_axis(
             {"expert_tensor_parallel_num_weight_shards": 2, "expert_tensor_parallel_size": 1},
             ["--expert-tensor-parallel-num-weight-shards 2", "1 ranks"],
         ),
-        ("--head-dim-parallel 2,2", {"multi_latent_attention": True}, ["latent"]),
+        ("--head-dim-parallel 4,1", {"multi_latent_attention": True}, ["latent", "--tensor-model-parallel-size alone"]),
+        (
+            "--head-dim-parallel 2,2",
+            {"multi_latent_attention": True, "transformer_impl": "transformer_engine"},
+            ["latent", "--transformer-impl local"],
+        ),
     ],
 )
 def test_what_cannot_be_names_the_values(command: str, given: dict[str, Any], said: list[str]) -> None:

@@ -121,6 +121,28 @@ def test_trains_as_stock_on_one_rank(ranks: Ranks, case: Case, expected: Chosen)
         assert outcome.evaluations == pytest.approx(stock.evaluations, rel=1e-4)
 
 
+def losses_of_both_inputs(case: Case) -> list[torch.Tensor]:
+    """Losses of tokens, of hidden states that somebody else has embedded, and of tokens again."""
+    cpu_backend.enable()
+    start(case)
+    (chunk,), (other,) = build(case), build(replace(case, ends=False))
+    tokens = torch.randint(64, (case.micro_batch, SEQUENCE + 1), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(SEQUENCE).expand(case.micro_batch, -1)
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    labels, tokens = tokens[:, 1:], tokens[:, :-1]
+    states = other.module.embedding(tokens, positions)
+    return [
+        chunk(tokens, positions, mask, decoder_input=given, labels=labels).detach() for given in (None, states, None)
+    ]
+
+
+@pytest.mark.parametrize("model", [{}, SP], ids=["", "SP"])
+def test_hidden_states_may_come_from_elsewhere(ranks: Ranks, model: dict[str, Any]) -> None:
+    for first, given, again in ranks.run(4, losses_of_both_inputs, on(2, 2, 4, model=model)):
+        torch.testing.assert_close(given, first, rtol=1e-5, atol=1e-6)
+        assert torch.equal(again, first)
+
+
 FIXED = ("batch", "sequence", "scores", "weights")
 MAP = {
     "2x2": on(2, 2),
@@ -190,18 +212,39 @@ def config(**fields: Any) -> HeadDimTransformerConfig:
     return HeadDimTransformerConfig(**{**sizes, "head_dim_parallel": HeadDimConfig(2, 2), **fields})
 
 
-def test_layers_that_cannot_gather_are_left_to_the_others() -> None:
+def exchanges_of(initialized: bool, linear: type | None = None, **fields: Any) -> tuple[bool, tuple[str, ...]]:
+    """Whether layers know of the choice, and what attention may choose."""
+    cpu_backend.enable()
+    if initialized:
+        start(on(2, 2))
     stock = get_gpt_layer_local_spec()
-    whole = head_dim_spec(stock, config())
-    assert whole.layer_specs[0].submodules.self_attention.params["exchanges"] == ("batch", "sequence", "scores", "weights")
-    other = get_gpt_layer_local_spec()
+    if linear is not None:
+        stock.submodules.mlp.submodules.linear_fc1 = linear
+    made = head_dim_spec(stock, config(**fields))
+    layer = next(iter(getattr(made, "layer_specs", [made])))
+    return layer.module is not TransformerLayer, layer.submodules.self_attention.params["exchanges"]
+
+
+SAVED = {
+    "distribute_saved_activations": True,
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+LYING = (False, ("batch", "sequence", "scores"))
+
+
+def test_layers_that_cannot_gather_are_left_to_the_others(ranks: Ranks) -> None:
+    assert set(ranks.run(4, exchanges_of, True)) == {(True, ("batch", "sequence", "scores", "weights"))}
     # As Transformer Engine's linears have no place where a whole weight could come in.
-    other.submodules.mlp.submodules.linear_fc1 = torch.nn.Linear
-    graphs = head_dim_spec(stock, config(distribute_saved_activations=True, recompute_granularity="full",
-                                         recompute_method="uniform", recompute_num_layers=1))  # fmt: skip
-    for spec in (head_dim_spec(other, config()), graphs):
-        assert spec.module is TransformerLayer
-        assert spec.submodules.self_attention.params["exchanges"] == ("batch", "sequence", "scores")
+    assert set(ranks.run(4, exchanges_of, True, torch.nn.Linear)) == {LYING}
+    assert set(ranks.run(4, with_saved, True)) == {LYING}
+    # Which layers are the ends of a stage is not known before there are stages.
+    assert set(ranks.run(4, exchanges_of, False)) == {LYING}
+
+
+def with_saved(initialized: bool) -> tuple[bool, tuple[str, ...]]:
+    return exchanges_of(initialized, **SAVED)
 
 
 def test_a_fixed_exchange_is_no_choice() -> None:

@@ -38,6 +38,7 @@ OTHER_MEANINGS = {
     ("hp_plugin.training.moe", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.transformer", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.planner.inputs.megatron_launch", "given.transformer_impl != 'local'"): 1,
+    ("hp_plugin.megatron_lm.flags", "args.transformer_impl != 'local'"): 1,
     ("hp_plugin.compare.entries.planned", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.compare.rates.machine", "['local']"): 1,
     ("hp_plugin.compare.rates.machine", "{'local': ...}"): 1,

@@ -85,7 +85,8 @@ class SequenceExchange(Exchange):
         return query.shape[0] != key.shape[0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: CoreSettings) -> Tensor:
-        """This rank's queries against all keys."""
+        """This rank's queries against all keys; as many of both are all there is."""
+        chunks = chunks_of(self.j, self.n) if query.shape[0] != key.shape[0] else (0,)
         if self.cache is not None:
             self.cache.keep(self.cache.own(key), self.cache.own(value))
         # Never inside itself: recompute enters only the inner fork, from where the outer one began.
@@ -94,7 +95,7 @@ class SequenceExchange(Exchange):
                 query,
                 key,
                 value,
-                chunks=chunks_of(self.j, self.n),
+                chunks=chunks,
                 mask=mask,
                 causal=how.causal,
                 window=how.window,

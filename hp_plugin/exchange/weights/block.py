@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,11 +56,9 @@ class Block:
         self._sequence_parallel = config.sequence_parallel
         self._repeated: dict[StorageWeakRef, Pass] = {}
 
-    def begin(
-        self, s: int, b: int, training: bool, rotary: int = 0, alone: tuple[str, ...] = (), inference: bool = False
-    ) -> Pass:
-        """A micro-batch enters, of b samples of s tokens; see `Choice.gathers`."""
-        gathers = self.choice.gathers(s, b, training, rotary, alone, inference)
+    def begin(self, s: int, b: int, training: bool, **asked: Any) -> Pass:
+        """A micro-batch enters, of b samples of s tokens, with what else `Choice.gathers` asks."""
+        gathers = self.choice.gathers(s, b, training, **asked)
         share = share_of(self.groups, s, b, self._sequence_parallel) if gathers else None
         rows = s // self.groups.grid.size if self._sequence_parallel else s
         self.current = Pass(s, b, rows, share)

@@ -30,13 +30,20 @@ class Choice:
         self.embedding_shared = self.output_shared = False
         head_dim: HeadDimConfig = config.head_dim_parallel
         self._head_dim = head_dim
-        self._names = candidates(head_dim.exchange, head_dim.n)
+        latent = getattr(config, "multi_latent_attention", False)
+        names = candidates(head_dim.exchange, head_dim.n)
+        self._names = tuple(name for name in names if RULES[name].latent or not latent)
         self._made: dict[Any, bool] = {}
 
     @property
     def free(self) -> bool:
         """Whether there is a choice at all."""
         return any(not RULES[name].moves_weights for name in self._names)
+
+    @property
+    def can_gather(self) -> bool:
+        """Whether weights may move at all."""
+        return any(RULES[name].moves_weights for name in self._names)
 
     def keep_weights(self) -> None:
         """From now on activations move, whatever is counted.
@@ -50,7 +57,14 @@ class Choice:
         self._made.clear()
 
     def gathers(
-        self, s: int, b: int, training: bool, rotary: int = 0, alone: tuple[str, ...] = (), inference: bool = False
+        self,
+        s: int,
+        b: int,
+        training: bool,
+        rotary: int = 0,
+        alone: tuple[str, ...] = (),
+        inference: bool = False,
+        packed: bool = False,
     ) -> bool:
         """Whether weights move in a pass.
 
@@ -61,14 +75,17 @@ class Choice:
             alone: what the pass asks for that only stock's inner attention does, each after "cannot".
             inference: whether keys and values are cached. Single tokens are far too few to gather weights for, and
                 caches are laid out for activations.
+            packed: whether sequences are packed, whose tokens activations cannot trade.
 
         Raises:
             RefusedError: no exchange can carry the shape.
         """
         if not self.free:
             return True
-        if inference or not any(RULES[name].moves_weights for name in self._names):
+        if inference or not self.can_gather:
             return False
+        if packed:
+            return True
         key = (s, b, training, rotary, alone)
         if key not in self._made:
             counted = self.counted(s, b, training, rotary, alone)

@@ -46,8 +46,7 @@ def move_ends(model: GPTModel) -> None:
     choice.vocabulary = model.vocab_size
     choice.embedding_shared, choice.output_shared = embedding_moves_less(*sizes), output_moves_less(*sizes)
     if model.pre_process and choice.embedding_shared:
-        _Embedding(model, block)
-        layers[0].first = False
+        _Embedding(model, block, layers[0])
     if model.post_process and choice.output_shared:
         _Output(model, block)
         layers[-1].last = False
@@ -64,9 +63,10 @@ def _tokens_of_micro_batch(model: GPTModel) -> int:
 class _Embedding:
     """Takes the rank's own tokens to hidden states, and begins the block with the whole micro-batch's shape."""
 
-    def __init__(self, model: GPTModel, block: Block) -> None:
-        self._block, self._config = block, model.config
-        self._inference = False
+    def __init__(self, model: GPTModel, block: Block, layer: WeightsTransformerLayer) -> None:
+        self._block, self._config, self._layer = block, model.config, layer
+        self._layer.first = False
+        self._asked: dict[str, bool] = {}
         rotary = getattr(model, "rotary_pos_emb", None)
         self._rotary = 0 if rotary is None else 2 * rotary.inv_freq.shape[-1]
         embedding = model.embedding
@@ -89,13 +89,16 @@ class _Embedding:
 
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = self._signature.bind(*args, **kwargs).arguments
-        self._inference = any(given.get(name) is not None for name in ("inference_context", "inference_params"))
+        # Hidden states that come from elsewhere, as those of images do, are of all tokens.
+        self._layer.first = given.get("decoder_input") is not None
+        self._asked = {
+            "packed": given.get("packed_seq_params") is not None,
+            "inference": any(given.get(name) is not None for name in ("inference_context", "inference_params")),
+        }
 
     def _cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         ids = kwargs["input_ids"]
-        passing = self._block.begin(
-            ids.shape[1], ids.shape[0], module.training, rotary=self._rotary, inference=self._inference
-        )
+        passing = self._block.begin(ids.shape[1], ids.shape[0], module.training, rotary=self._rotary, **self._asked)
         if passing.share is None:
             return None
         names = ("input_ids", "position_ids")
@@ -106,7 +109,8 @@ class _Embedding:
 
         def length(cache: Any, *args: Any, **kwargs: Any) -> int:
             passing = self._block.current
-            return stock(cache, *args, **kwargs) if passing.share is None or cache is not None else passing.s
+            whole = self._layer.first or passing.share is None or cache is not None
+            return stock(cache, *args, **kwargs) if whole else passing.s
 
         return length
 

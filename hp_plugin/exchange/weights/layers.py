@@ -30,6 +30,7 @@ class GatheringLinear:
 
     Args:
         runs: the pieces in which the sharded axis interleaves with the peers' (see `Shard`).
+        chosen: whether passes are to choose; without a layer around that gathers none gathers then.
 
     Raises:
         ValueError: the stock linear is none of Megatron-Core's own.
@@ -38,14 +39,14 @@ class GatheringLinear:
     shard_axis: int
     sharded: tuple[str, ...]
 
-    def __init__(self, *args: Any, runs: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, runs: int, chosen: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.can_be(type(self)):
             raise ValueError(
                 "exchange `weights` gathers for Megatron-Core's own linears only, not for those of "
                 f"{type(self).__mro__[-2].__module__}: give --transformer-impl local, or another --head-dim-exchange"
             )
-        self._runs = runs
+        self._runs, self._chosen = runs, chosen
         self._layer: LayerWeights | None = None
         self._gathers = True
 
@@ -75,9 +76,9 @@ class GatheringLinear:
         self.gradient_accumulation_fusion = False
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self._layer is None:
+        if self._layer is None and not self._chosen:
             raise RuntimeError("exchange `weights` gathers for whole layers: build the model from head_dim_spec")
-        self._gathers = self._block.pass_of(input_, self.training).share is not None
+        self._gathers = self._layer is not None and self._block.pass_of(input_, self.training).share is not None
         if not self._gathers:
             return super().forward(input_, *args, **kwargs)
         with self._on_head_group():
@@ -245,6 +246,7 @@ def _asked(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {
         "rotary": 0 if angles is None else angles.shape[-1],
         "alone": ("add an attention bias",) if biased else (),
+        "packed": kwargs.get("packed_seq_params") is not None,
         "inference": any(kwargs.get(name) is not None for name in ("inference_context", "inference_params")),
     }
 

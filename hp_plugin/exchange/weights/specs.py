@@ -61,7 +61,8 @@ def _linears(layers: list[ModuleSpec]) -> Iterator[type]:
     """The classes of the linears that gather."""
     for layer in layers:
         _, attention = parts(layer.submodules.self_attention)
-        yield from (parts(getattr(attention, name))[0] for name in ("linear_qkv", "linear_proj"))
+        given = {name: linear for name, linear in vars(attention).items() if name.startswith("linear_")}
+        yield from (parts(linear)[0] for linear in given.values() if linear is not None)
         mlp, linears = parts(layer.submodules.mlp)
         if issubclass(mlp, MLP):
             yield from (parts(getattr(linears, name))[0] for name in ("linear_fc1", "linear_fc2"))

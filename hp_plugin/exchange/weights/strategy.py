@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -33,8 +34,9 @@ class WeightsExchange(BatchExchange):
 
     @classmethod
     def can_take(cls, spec: Any, config: TransformerConfig) -> bool:
-        """Layers of Megatron-Core's own linears, and no switch that it cannot do."""
-        return not cls.rule.cannot(config) and can_gather(spec)
+        """Layers of Megatron-Core's own linears, no switch that it cannot do, and stages that are known by now."""
+        known = parallel_state.model_parallel_is_initialized()
+        return known and not cls.rule.cannot(config) and can_gather(spec)
 
     @classmethod
     def whole_layers(
@@ -57,9 +59,9 @@ class WeightsExchange(BatchExchange):
         """Itself for b/n samples, or the variant for s/n tokens."""
         return self if shape.b % shape.n == 0 else self._by_tokens
 
-    def parallel_linear(self, layer: type, slots: int) -> tuple[type, dict[str, Any]]:
+    def parallel_linear(self, layer: type, slots: int, chosen: bool = False) -> tuple[type, dict[str, Any]]:
         """The layer that gathers its weight first."""
-        return _gathering(layer), {"runs": slots}
+        return _gathering(layer), {"runs": slots, "chosen": chosen}
 
     def to_heads(self, mixed: Tensor) -> Tensor:
         """Whole heads of b/n samples as they are."""
@@ -91,6 +93,10 @@ class TokensExchange(SequenceExchange):
         key, value = gather_tokens(keys_values, self.groups.dim).unbind(dim=3)
         query, gate = own[:, :, :, : layout.queries], own[:, :, :, layout.queries :]
         return QKV(query.flatten(2, 3), gate.flatten(2, 3) if layout.gate else None, key, value)
+
+    def of_all_tokens(self, states: Tensor) -> Tensor:
+        """[s/n, ..] -> [s, ..]."""
+        return gather_tokens(states, self.groups.dim)
 
     def to_slices(self, context: Tensor) -> Tensor:
         """Whole heads of s/n tokens as they are."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from hp_plugin.exchange.replicas import is_partial
+from hp_plugin.exchange.replicas import is_partial, take_from_one
 from hp_plugin.exchange.weights.block import Block
 
 
@@ -20,33 +17,11 @@ def count_once(module: nn.Module, block: Block) -> None:
     names = [name for name, parameter in module.named_parameters(recurse=False) if is_partial(parameter)]
     if not names or not block.choice.free:
         return
-    counts = block.groups.coordinates[1] == 0
 
-    def partial() -> list[str]:
-        return [name for name in names if is_partial(getattr(module, name))]
+    def concerned(states: Tensor) -> list[str]:
+        # Not even looked at where nothing ever is partial: who frees parameters would bring them back for it.
+        if not block.choice.can_gather or block.pass_of(states, module.training).share is not None:
+            return []
+        return names
 
-    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else next(iter(kwargs.values()))
-        if block.pass_of(states, module.training).share is None and torch.is_grad_enabled():
-            # An entry of its own hides the parameter of this name.
-            vars(module).update({name: _FromOne.apply(getattr(module, name), counts) for name in partial()})
-
-    def show(module: nn.Module, args: Any, output: Any) -> None:
-        for name in names:
-            vars(module).pop(name, None)
-
-    module.register_forward_pre_hook(hide, with_kwargs=True)
-    module.register_forward_hook(show, always_call=True)
-
-
-class _FromOne(torch.autograd.Function):
-    """Identity, whose gradient is zero on the ranks that do not count."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, counts: bool) -> Tensor:
-        ctx.counts = counts
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient if ctx.counts else torch.zeros_like(gradient), None
+    take_from_one(module, block.groups.coordinates[1] == 0, concerned)
