@@ -24,7 +24,7 @@ QUESTIONS = {"startswith", "endswith", "find", "index", "count", "match", "fullm
 # around the literal, how often.
 OTHER_MEANINGS = {
     # layouts to be measured or planned
-    ("hp_plugin.compare.entries.suites", "('sequence', 'scores', 'local')"): 6,
+    ("hp_plugin.compare.entries.suites", "('sequence', 'scores', 'local')"): 3,
     ("hp_plugin.planner.reports.kv_heads", "('batch', 'sequence')"): 2,
     ("hp_plugin.planner.reports.kv_heads", "('batch',)"): 1,
     ("hp_plugin.planner.reports.long_context", "('batch', 'sequence')"): 2,

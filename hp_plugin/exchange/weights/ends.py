@@ -105,7 +105,7 @@ class _Embedding:
         return args, {name: _own(passing, value) if name in names else value for name, value in kwargs.items()}
 
     def _length(self, stock: Callable[..., int]) -> Callable[..., int]:
-        """Stock reads a sequence's length off the hidden states, which may be a share of them here, or asks the cache."""
+        """Stock reads a sequence's length off the hidden states, which may be a share here, or asks the cache."""
 
         def length(cache: Any, *args: Any, **kwargs: Any) -> int:
             passing = self._block.current
