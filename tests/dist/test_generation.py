@@ -66,9 +66,9 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(VOCABULARY, (length,), generator=drawn).tolist() for length in lengths]
 
 
-def model_of(config: TrainingConfig, passes: tuple[tuple[int, int, int], ...]) -> nn.Module:
+def model_of(config: TrainingConfig, passes: tuple[tuple[int, int, int], ...], device: torch.device) -> nn.Module:
     transformer_config = build_transformer_config(config, cached=passes)
-    model = build_gpt(config, transformer_config)
+    model = build_gpt(config, transformer_config).to(device)
     initialize_parameters([model], transformer_config, config.seed)
     return model.eval()
 
@@ -78,13 +78,15 @@ def without_cache(
     model: nn.Module, texts: list[list[int]], how: Sampling, new: int = NEW, vocabulary: int = VOCABULARY
 ) -> Iterator[tuple[list[int | None], Tensor]]:
     """Every step's tokens and logits; all of each text goes through the model for each of its tokens."""
+    device = next(model.parameters()).device
     texts, lengths = [list(text) for text in texts], [len(text) for text in texts]
     sampler = Sampler(how, len(texts))
     for stop in range(min(lengths), max(lengths) + new):
         logits = []
         for text in texts:
-            part = torch.tensor(text[:stop]).unsqueeze(0)
-            logits.append(model(part, torch.arange(part.shape[1]).unsqueeze(0), None)[0, -1, :vocabulary])
+            part = torch.tensor(text[:stop], device=device).unsqueeze(0)
+            places = torch.arange(part.shape[1], device=device).unsqueeze(0)
+            logits.append(model(part, places, None)[0, -1, :vocabulary])
         asking = [length <= stop < length + new for length in lengths]
         chosen = sampler.pick(torch.stack(logits), asking)
         for text, token in zip(texts, chosen, strict=True):
@@ -99,14 +101,13 @@ def compared(config: TrainingConfig, texts: list[list[int]], how: Sampling) -> t
     passes = ((min(map(len, texts)), len(texts), min(map(len, texts))), (1, len(texts), total))
     stock = replace(config, head_dim_parallel=None, head_dim_exchange="auto", expert_model_parallel_size=1)
     worst, other = 0.0, 0
-    with running_ranks(stock):
-        steps = list(without_cache(model_of(stock, passes), texts, how))
+    with running_ranks(stock) as device:
+        steps = list(without_cache(model_of(stock, passes, device), texts, how))
     destroy_groups_but(dist.group.WORLD)
-    with running_ranks(config):
+    with running_ranks(config) as device:
         context = StaticInferenceContext(len(texts), total)
-        found = generate(
-            model_of(config, passes), texts, NEW, vocabulary=VOCABULARY, sampling=how, context=context
-        )
+        model = model_of(config, passes, device)
+        found = generate(model, texts, NEW, vocabulary=VOCABULARY, sampling=how, context=context)
         for step, (tokens, logits) in zip(found, steps, strict=True):
             # What is behind the end of a text is nothing that anyone asks for.
             for number, token in enumerate(tokens):
