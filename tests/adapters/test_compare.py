@@ -107,7 +107,7 @@ def test_bad_input_is_refused_before_ranks_start(
         (ODD.format('"rotary_base": null'), "--rotary-base must be an integer, got None"),
         (ODD.format('"rotary_base": 2.5'), "--rotary-base must be an integer, got 2.5"),
         (ODD.format('"norm_epsilon": [1e-5]'), "--norm-epsilon must be a number, got [1e-05]"),
-        (ODD.format('"norm_epsilon": NaN'), "--norm-epsilon must be positive, got nan"),
+        (ODD.format('"norm_epsilon": NaN'), "'NaN' is no finite number"),
         (ODD.format('"data_path": "tokens"'), "--data-path must be a list of at least one word, got 'tokens'"),
         (ODD.format('"global_batch_size": 0'), "--global-batch-size must be positive, got 0"),
         ('{"num_layers": 2, "hiden_size": 8}', "unknown key 'hiden_size'; did you mean hidden_size?"),

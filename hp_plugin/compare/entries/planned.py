@@ -51,7 +51,8 @@ def share_of(entrant: Entrant, mode: str) -> Share:
     if grid is None or not grid.chooses:
         return share
     own = config.transformer_impl == "local"
-    return replace(share, layout=replace(entrant.layout, grid=grid.with_exchange(share.chosen(own))))
+    chosen = replace(entrant.layout, grid=grid.with_exchange(share.chosen(own)))
+    return replace(share, layout=chosen, left_open=own and grid.moves_weights)
 
 
 def group_sizes(entrant: Entrant) -> dict[str, int]:

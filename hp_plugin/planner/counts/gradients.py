@@ -80,7 +80,7 @@ def end_of_step(share: Share, chunks: Sequence[Stage]) -> tuple[Collective, ...]
             shared += sum(stage.moe for stage in chunks) * model.D * model.experts
     if shared:
         said.append(Collective("sum norm gradients", "all_reduce", "tp", float(shared * share.workload.grad_itemsize)))
-    if share.rule.moves_weights:
+    if share.sums_replicas:
         layers = sum(stage.layers for stage in chunks)
         biases = sum(row_biases(model, stage) for stage in chunks)
         size = float(replicated_parameters(share, layers, biases) * share.workload.grad_itemsize)

@@ -25,6 +25,7 @@ class Share:
         fused_heads: the head dimensions that the machine's attention kernel takes; any, where no machine is meant.
         inside: whether this is what layers work on between the ends of a block, where weights move: the head group's
             n-th of the tokens. See `within`.
+        left_open: whether the layers can move what the layout's exchange does not, since it was chosen for them.
     """
 
     model: ModelShape
@@ -32,6 +33,7 @@ class Share:
     workload: Workload
     fused_heads: FusedHeadDims = ANY_HEAD_DIM
     inside: bool = False
+    left_open: bool = False
 
     @classmethod
     def on(cls, hardware: Hardware, model: ModelShape, layout: Layout, workload: Workload) -> Share:
@@ -64,6 +66,13 @@ class Share:
         if not self.model.vocab or self.layout.order != DIM_INNERMOST or self.workload.mode == "decode":
             return False, False
         return self.rule.moves_ends(self.attention_shape, self.model.vocab, self.layout.sp and self.layout.tp > 1)
+
+    @property
+    def sums_replicas(self) -> bool:
+        """Whether a step sums what a dim group's ranks all hold: where weights move or, left to choose, could have."""
+        grid = self.layout.grid
+        open_here = grid is not None and grid.chooses and grid.moves_weights and not self.layout.fused
+        return self.layout.n > 1 and (self.rule.moves_weights or self.left_open or open_here)
 
     @property
     def spreads_samples(self) -> bool:
