@@ -7,7 +7,7 @@ or without fused norm, inference ones): `head_dim_layer(HeadDimColumnParallelLin
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from hp_plugin.checkpoint.pieces import grid_piece
 from hp_plugin.exchange.strategy import QKV, Turn
 from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.grid.ownership import SlicedAxis
+from hp_plugin.upstream.spec_tree import parts
 
 
 class _GridShard:
@@ -110,8 +111,10 @@ def head_dim_layer(layer: type, base: type) -> type:
     return type(f"HeadDim{base.__name__}", (layer, base), {"__doc__": layer.__doc__, "__module__": __name__})
 
 
-def submodule_spec(layer: type, stock: Any, **params: Any) -> ModuleSpec:
+def submodule_spec(layer: type, stock: Any, **params: Any) -> Any:
     """A spec that builds `layer` over the class that the stock submodule spec names, with these parameters."""
+    if isinstance(stock, partial):  # as releases from 0.18 on name a mixture
+        return partial(head_dim_layer(layer, parts(stock)[0]), *stock.args, **stock.keywords, **params)
     base = get_module(stock)
     own = dict(stock.params) if isinstance(stock, ModuleSpec) else {}
     submodules = stock.submodules if isinstance(stock, ModuleSpec) else None

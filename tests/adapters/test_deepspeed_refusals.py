@@ -90,9 +90,10 @@ def of_model(scenario: str) -> str:
             named = settings | {"head_dim_parallel": {"m": 2, "n": 1, "exchange": "scores"}}
             initialize(model=build_gpt(CASE), config=named)
         if scenario == "mixed model":
+            from megatron.core.transformer.attention import SelfAttention
+
             model = build_gpt(CASE)
-            stock = type(model.decoder.layers[0].self_attention).__mro__[1]
-            model.decoder.layers[1].self_attention.__class__ = stock
+            model.decoder.layers[1].self_attention.__class__ = SelfAttention
             initialize(model=model, config=settings)
         if scenario == "old groups":
             model = build_gpt(CASE)
