@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -21,7 +20,6 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention.experts import MARKED_EXPERTS
 from hp_plugin.attention.fused_core import with_fused_core
-from hp_plugin.attention.latent_attention import HeadDimLatentAttention
 from hp_plugin.attention.layers import submodule_spec
 from hp_plugin.attention.recompute import OWN_BIAS, recomputes_mlp
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
@@ -55,14 +53,11 @@ def head_dim_spec(
     """Any stock GPT layer or block spec with `HeadDimSelfAttention` for `SelfAttention`, fitting norms and experts.
 
     Raises:
-        ValueError: the spec has no `SelfAttention` or `MLASelfAttention` to replace, or layers that nothing can run.
+        ValueError: the spec has no `SelfAttention` to replace.
     """
     strategies = _strategies(config, layer_spec)
     names = {"exchanges": tuple(exchange.rule.name for exchange in strategies)} if strategies else {}
-    kinds: dict[type, type] = {SelfAttention: HeadDimSelfAttention}
-    if not strategies or any(exchange.rule.latent for exchange in strategies):
-        kinds[MLASelfAttention] = HeadDimLatentAttention
-    swapped = with_replacements(layer_spec, {stock: Replacement(ours, names) for stock, ours in kinds.items()})
+    swapped = with_replacements(layer_spec, {SelfAttention: Replacement(HeadDimSelfAttention, names)})
     if swapped is layer_spec:
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
@@ -101,13 +96,7 @@ def _strategies(config: TransformerConfig, spec: Any = None) -> list[type[Exchan
     found = [STRATEGIES[name] for name in candidates(head_dim.exchange, head_dim.n)]
     if not head_dim.chooses or spec is None:
         return found
-    able = [exchange for exchange in found if exchange.can_take(spec, config)]
-    if not able:
-        raise ValueError(
-            "multi-latent attention on a grid gathers the weights of Megatron-Core's own linears: give "
-            "--transformer-impl local, and make layer specs once the grid is initialized"
-        )
-    return able
+    return [exchange for exchange in found if exchange.can_take(spec, config)]
 
 
 def mended_mlps(layer_spec: Any, config: TransformerConfig) -> Any:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.attention.quantized import quantized_refusals
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
 from hp_plugin.exchange.rule import AttentionShape
-from hp_plugin.exchange.rules import RULES, candidates
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.exchange.shapes import attention_shape, stock_core_alone
-from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.refusal import Refusal, RefusedError, shorten, shown
 
 
@@ -79,11 +78,6 @@ class HeadDimTransformerConfig(TransformerConfig):
         return attention_shape(self, self.head_dim_parallel, self.micro_batch_size, self.seq_length, rotary)
 
 
-@dataclass
-class HeadDimMLATransformerConfig(MLATransformerConfig, HeadDimTransformerConfig):
-    """The same of a model with multi-latent attention, which runs on a grid where weights move."""
-
-
 def post_init_on_grid(
     config: TransformerConfig,
     head_dim: HeadDimConfig,
@@ -142,7 +136,8 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
         return []
     refusals = []
     if getattr(config, "multi_latent_attention", False):
-        refusals += [Refusal("feature", said) for said in _latent_complaints(config, head_dim)]
+        said = "multi-latent attention (MLA) has no per-head slices: use --tensor-model-parallel-size alone"
+        refusals.append(Refusal("feature", said))
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
         said = f"experimental attention variant {shown(variant)} is not attention over heads the grid can slice"
@@ -167,34 +162,3 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
     if head_dim.exchange not in RULES:  # none was asked for by name
         return refusals
     return [*refusals, *unsupported_by(head_dim.exchange, config, stock_core_alone(config), shape)]
-
-
-def _latent_complaints(config: Any, head_dim: HeadDimConfig) -> Iterator[str]:
-    """What keeps multi-latent attention off a grid."""
-    able = [name for name in candidates(head_dim.exchange, head_dim.n) if RULES[name].latent]
-    if not able:
-        others = [name for name, rule in RULES.items() if rule.latent] if head_dim.n > 1 else []
-        said = "multi-latent attention (MLA) has no per-head slices: use --tensor-model-parallel-size alone"
-        yield said + (f", or --head-dim-exchange {' or '.join(others)}" if others else "")
-        return
-    if head_dim.order != DIM_INNERMOST:
-        yield (
-            "multi-latent attention (MLA) shards weights in the order of the ranks: give --head-dim-order "
-            f"{DIM_INNERMOST}"
-        )
-    h, rope = config.num_attention_heads, getattr(config, "qk_pos_emb_head_dim", None)
-    if h is None or rope is None:  # arguments that do not say it
-        return
-    sharded = {
-        "heads of queries": h * (config.qk_head_dim + rope),
-        "heads of keys and values": h * (config.qk_head_dim + config.v_head_dim),
-        "heads of outputs": h * config.v_head_dim,
-        # Stock's attention makes a projection of these first, whatever becomes of it.
-        "heads of kv_channels": h * (config.kv_channels or 0),
-        "latents of keys and values, with their rotary channels": config.kv_lora_rank + rope,
-        "latents of queries": config.q_lora_rank or 0,
-    }
-    for what, channels in sharded.items():
-        if channels % head_dim.size:
-            said = f"{channels} channels of {what} do not divide over {head_dim.size} ranks"
-            yield f"multi-latent attention (MLA): {said}"
