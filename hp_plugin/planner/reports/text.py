@@ -11,11 +11,10 @@ from hp_plugin.planner.counts.layer import layer_passes
 from hp_plugin.planner.counts.program import Collective, collectives
 from hp_plugin.planner.machine.hardware import Hardware
 from hp_plugin.planner.machine.parameter import KINDS, PARAMETERS
-from hp_plugin.planner.machine.placement import placements
 from hp_plugin.planner.search.launch_flags import deepspeed_config, megatron_flags, not_in_flags
 from hp_plugin.planner.search.plan import Plan
 from hp_plugin.planner.seconds.prediction import Prediction
-from hp_plugin.planner.seconds.pricing import Pricer
+from hp_plugin.planner.seconds.pricing import Pricer, group_placements
 
 MARK = "≠"
 """Marks layouts that compute another function than the model's attention (`local`)."""
@@ -169,19 +168,7 @@ def _once(found: Prediction, hardware: Hardware) -> list[str]:
 def _listed(found: Prediction, hardware: Hardware, label: str, program: Iterable[Collective]) -> list[str]:
     """Collectives that move anything, with how often each occurs, its group, size and time."""
     layout = found.layout
-    groups = placements(
-        layout.tp,
-        layout.cp,
-        layout.dp,
-        layout.pp,
-        layout.ep,
-        layout.m,
-        layout.n,
-        hardware.domain,
-        layout.order,
-        layout.gtp,
-        layout.cp_heads,
-    )
+    groups = group_placements(layout, hardware)
     pricer = Pricer(hardware, groups, found.workload.itemsize, layout.fused)
     lines = []
     for each, count in Counter(program).items():

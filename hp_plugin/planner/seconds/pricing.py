@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hp_plugin.planner.counts.program import Block, Collective, FusedAttention, Gemm, Kernel, Program
+from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.machine.hardware import Hardware
-from hp_plugin.planner.machine.placement import Placement
+from hp_plugin.planner.machine.placement import Placement, placements
+
+
+def group_placements(layout: Layout, hardware: Hardware) -> dict[str, Placement]:
+    """Where the groups of a layout lie on a machine, by axis."""
+    sizes = (layout.tp, layout.cp, layout.dp, layout.pp, layout.ep, layout.m, layout.n)
+    return placements(*sizes, hardware.domain, layout.order, layout.gtp, layout.cp_heads)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware
-from hp_plugin.planner.machine.placement import placements
 from hp_plugin.planner.seconds.decode import decode_period
 from hp_plugin.planner.seconds.gradient_overlap import gradient_ends, plan_overlap
 from hp_plugin.planner.seconds.pass_costs import PassCosts, shared_costs
 from hp_plugin.planner.seconds.prediction import Prediction
-from hp_plugin.planner.seconds.pricing import Cost, Pricer
+from hp_plugin.planner.seconds.pricing import Cost, Pricer, group_placements
 from hp_plugin.planner.seconds.timeline import Event, PassTimes, Pipeline, Timeline, simulate
 from hp_plugin.refusal import Refusal, RefusedError
 
@@ -61,19 +60,7 @@ class _Step:
         self.share = share
         self.needed = needed
         layout = share.layout
-        self.groups = placements(
-            layout.tp,
-            layout.cp,
-            layout.dp,
-            layout.pp,
-            layout.ep,
-            layout.m,
-            layout.n,
-            hardware.domain,
-            layout.order,
-            layout.gtp,
-            layout.cp_heads,
-        )
+        self.groups = group_placements(layout, hardware)
         if layout.tp_overlap and self.groups["tp"].domains > 1:
             said = (
                 f"tp_overlap (--tp-comm-overlap) needs TP ranks in one fast-link domain of {hardware.domain}, and "
