@@ -18,42 +18,30 @@ by kernel: cast, maximum, subtraction, exponential, sum, division, and the scale
 
 
 def embedding(share: Share) -> Passes:
-    """Token (and position) embedding: vocabulary-parallel, summed over the TP group."""
+    """Token (and position) embedding: vocabulary-parallel, summed over the TP group.
+
+    Or over the head group, on this rank's share of the tokens (`hp_plugin.exchange.weights.ends`).
+    """
     if not share.model.vocab:
         return Passes((), ())
+    fetched: Program = ()
+    reduced: tuple[Collective, ...] = ()
+    on = share
     if share.moved_ends[0]:
-        return _embedding_on_share(share)
-    reads = 3 if share.model.learned_positions else 2
-    look_up = Stream("embedding", reads * share.hidden_bytes)
-    spread: tuple[Collective, ...] = ()
-    gather: tuple[Collective, ...] = ()
-    if share.P > 1:
-        # Megatron-Core scatters the sum in one collective only where nothing is added to it in between.
-        kind = "reduce_scatter" if share.sp and not share.model.learned_positions else "all_reduce"
-        spread = (Collective("embedding: sum", kind, "tp", share.hidden_bytes),)
-        if share.sp:
-            gather = (Collective("embedding: gather gradient", "all_gather", "tp", share.hidden_bytes),)
-    return Passes(
-        (Block((look_up,), spread),),
-        (Block((), gather), Block((Stream("embedding gradient", reads * share.hidden_bytes),))),
-    )
-
-
-def _embedding_on_share(share: Share) -> Passes:
-    """The same of a head group, on this rank's share of the tokens (`hp_plugin.exchange.weights.ends`)."""
-    within = share.within
-    gather, reduce = end_weights(share)
-    reads = (3 if share.model.learned_positions else 2) * within.hidden_bytes
+        gather, reduce = end_weights(share)
+        fetched, reduced, on = (Block((), (gather,)),), (reduce,), share.within
+    reads = (3 if share.model.learned_positions else 2) * on.hidden_bytes
     spread: tuple[Collective, ...] = ()
     again: tuple[Collective, ...] = ()
-    if within.P > 1:
-        kind = "reduce_scatter" if within.sp and not share.model.learned_positions else "all_reduce"
-        spread = (Collective("embedding: sum", kind, "head", within.hidden_bytes),)
-        if within.sp:
-            again = (Collective("embedding: gather gradient", "all_gather", "head", within.hidden_bytes),)
+    if on.P > 1:
+        # Megatron-Core scatters the sum in one collective only where nothing is added to it in between.
+        kind = "reduce_scatter" if on.sp and not share.model.learned_positions else "all_reduce"
+        spread = (Collective("embedding: sum", kind, on.axis, on.hidden_bytes),)
+        if on.sp:
+            again = (Collective("embedding: gather gradient", "all_gather", on.axis, on.hidden_bytes),)
     return Passes(
-        (Block((), (gather,)), Block((Stream("embedding", reads),), spread)),
-        (Block((), again), Block((Stream("embedding gradient", reads),), (reduce,))),
+        (*fetched, Block((Stream("embedding", reads),), spread)),
+        (Block((), again), Block((Stream("embedding gradient", reads),), reduced)),
     )
 
 
