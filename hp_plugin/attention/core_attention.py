@@ -17,6 +17,13 @@ from hp_plugin.exchange.masks import names_documents
 from hp_plugin.exchange.strategy import CoreSettings, Exchange, Turn
 
 
+def layer_window(config: TransformerConfig, layer_number: int) -> tuple[int, int] | None:
+    """The (left, right) window of a layer, in positions, -1 for unlimited; None where it sees everything."""
+    skipped = getattr(config, "window_attn_skip_freq", None)
+    windowed = is_layer_window_attention(config.window_size, skipped, layer_number)
+    return tuple(config.window_size) if windowed else None
+
+
 class HeadDimCoreAttention:
     """Mixed into the core attention that the stock spec names; parameter-free, so checkpoint keys stay stock.
 
@@ -49,13 +56,10 @@ class HeadDimCoreAttention:
             pg_collection=pg_collection,
             **kwargs,
         )
-        windowed = is_layer_window_attention(
-            config.window_size, getattr(config, "window_attn_skip_freq", None), layer_number
-        )
         self._exchanges, self._turn, self._mask_type = exchanges, turn, attn_mask_type
         self._how = CoreSettings(
             causal=attn_mask_type == AttnMaskType.causal,
-            window=tuple(config.window_size) if windowed else None,
+            window=layer_window(config, layer_number),
             scale=config.kv_channels**-0.5 if softmax_scale is None else softmax_scale,
             dropout=config.attention_dropout,
             own_stream=config.sequence_parallel,

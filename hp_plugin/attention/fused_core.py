@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from hp_plugin.attention.core_attention import layer_window
 from hp_plugin.exchange.fused_kernels import fused_attention
 from hp_plugin.upstream.spec_tree import Replacement, with_replacements
 
@@ -59,10 +59,7 @@ class FusedCoreAttention:
             attention_dropout=attention_dropout,
             **kwargs,
         )
-        skipped = getattr(config, "window_attn_skip_freq", None)
-        self._window = (
-            tuple(config.window_size) if is_layer_window_attention(config.window_size, skipped, layer_number) else None
-        )
+        self._window = layer_window(config, layer_number)
         self._scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self._fuses = config.attention_backend in FUSED_BACKENDS and not _stock_alone(config)
