@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.package_info import __version__ as MEGATRON_CORE
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hp_plugin.checkpoint.pieces import only_described
 from hp_plugin.checkpoint.reading import (
@@ -73,7 +73,7 @@ def check_files(folder: str | Path, trusted: bool = False) -> None:
             size = os.fstat(file.fileno()).st_size
         if size < end:
             raise DamagedFileError(folder / name, f"is truncated ({size} bytes, where its pieces end at {end})")
-    _read_common_state(folder, trusted)
+    _read_common_state(folder, index, trusted)
 
 
 def read_common_state(folder: str | Path, trusted: bool = False) -> dict[str, Any]:
@@ -82,15 +82,14 @@ def read_common_state(folder: str | Path, trusted: bool = False) -> dict[str, An
     Raises:
         DamagedFileError: it is garbled, or without what a checkpoint has.
     """
-    path, state = _read_common_state(Path(folder), trusted)
+    path, state = _read_common_state(Path(folder), read_index(folder, trusted), trusted)
     if not isinstance(state.get("args", Namespace()), Namespace):
         raise DamagedFileError(path, "holds no arguments under the name args")
     return state
 
 
-def _read_common_state(folder: Path, trusted: bool) -> tuple[Path, dict[Any, Any]]:
+def _read_common_state(folder: Path, index: Metadata, trusted: bool) -> tuple[Path, dict[Any, Any]]:
     """The common state and the file it is in; a shard is read here, since torch would run what the object names."""
-    index = read_index(folder, trusted)
     if not common_state_is_sharded(index):
         return folder / COMMON_FILE, read_torch_file(folder / COMMON_FILE, trusted)
     place = next((place for piece, place in index.storage_data.items() if is_common_state(piece.fqn)), None)
