@@ -138,11 +138,11 @@ COLLECTIVES = [all_reduce, broadcast, reduce, gathers, scatters, all_to_all, mes
 def both_ways(collective: Collective, asynchronous: bool) -> tuple[list[Tensor], list[Tensor], int]:
     """Results without and with staging, and how many calls reached gloo with tensors that it was not to see."""
     plain = collective(asynchronous)
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}
     wrong = 0
 
     def remember(tensor: Tensor) -> bool:
-        seen.add(tensor.data_ptr())
+        seen[tensor.data_ptr()] = tensor  # kept, lest its memory become a copy's
         return True
 
     def watched(original: Any) -> Any:

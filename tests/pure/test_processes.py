@@ -175,7 +175,9 @@ def test_an_interrupt_is_one_line_and_status_130(family: Family, first: bool) ->
         from hp_plugin.processes.rank import begin_rank
         begin_rank()
         say_on_interrupt(lambda: "not saved; the latest checkpoint is iter_0000007")
-        os.fork() or time.sleep(300)
+        reading, writing = os.pipe()
+        os.fork() or (os.write(writing, b"!"), time.sleep(300))
+        os.read(reading, 1)  # a child that is interrupted while it begins says so
         """,
         RANK="0" if first else "1",
         WORLD_SIZE="2",

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -115,14 +116,14 @@ def test_it_works_where_files_have_one_name(tmp_path: Path, monkeypatch: pytest.
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
-def contend(folder: Path, start: float, taken: "multiprocessing.Queue[int]") -> None:
-    time.sleep(max(0.0, start - time.time()))
+def contend(folder: Path, meeting: "multiprocessing.synchronize.Barrier", taken: "multiprocessing.Queue[int]") -> None:
+    meeting.wait(60)
     try:
         FolderLock(folder).take()
         taken.put(os.getpid())
     except FolderInUseError:
         taken.put(0)
-    time.sleep(2)  # alive until all have tried
+    meeting.wait(60)  # alive until all have tried
 
 
 def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
@@ -131,8 +132,8 @@ def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
         folder = tmp_path / str(attempt)
         folder.mkdir()
         write(folder, replace(Owner.this_process(), ticks=1))
-        taken = context.Queue()
-        tries = [context.Process(target=contend, args=(folder, time.time() + 0.3, taken)) for _ in range(6)]
+        taken, meeting = context.Queue(), context.Barrier(6)
+        tries = [context.Process(target=contend, args=(folder, meeting, taken)) for _ in range(6)]
         for process in tries:
             process.start()
         found = [taken.get(timeout=30) for _ in tries]
