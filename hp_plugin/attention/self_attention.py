@@ -25,7 +25,7 @@ from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowPa
 from hp_plugin.attention.transformer_config import check_supported
 from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.kv_cache import check_room
+from hp_plugin.exchange.kv_cache import cached_tokens, check_room
 from hp_plugin.exchange.masks import document_numbers, document_positions
 from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES, candidates, resolve, traded
@@ -243,9 +243,9 @@ class HeadDimSelfAttention(SelfAttention):
                 f"{self.head_dim.n} ranks: use static batching (StaticInferenceContext)"
             )
         check_room(inference_context, s, b)
-        shape = replace(shape, cache=inference_context.sequence_len_offset + s)
-        # What a cache holds is spread as the first that fits spreads it.
-        exchange = self._exchanges[_picked(self.head_dim, shape, False, None, itemsize)].at(shape)
+        shape = replace(shape, cache=cached_tokens(inference_context, s))
+        # What a cache holds is spread as the first that fits spreads it, and alike where weights are gathered.
+        exchange = self._exchanges[_picked(self.head_dim, shape, gathered, None, itemsize)].at(shape)
         return exchange.with_cache(inference_context, self.layer_number, shape)
 
 

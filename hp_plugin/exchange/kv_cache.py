@@ -46,6 +46,11 @@ def _seen_as(memory: tuple[Tensor, Tensor], shape: tuple[int, ...]) -> tuple[Ten
     return memory[0].view(shape), memory[1].view(shape)
 
 
+def cached_tokens(context: Any, s: int) -> int:
+    """Tokens of each sequence cached when a pass of s tokens attends, its own among them; 0 without a context."""
+    return 0 if context is None else getattr(context, "sequence_len_offset", 0) + s
+
+
 def check_room(context: Any, s: int, b: int) -> None:
     """Refuses b sequences of s tokens that do not fit behind what a static-batching context holds.
 

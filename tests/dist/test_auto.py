@@ -253,7 +253,8 @@ def test_a_fixed_exchange_is_no_choice() -> None:
     with pytest.raises(ValueError, match="exchange `weights` always moves weights"):
         fixed.keep_weights()
     free = Choice(config())
-    # Beside a cache, and where weights are not to move, activations do, however many tokens there are.
-    assert not free.gathers(2**16, 2, False, inference=True)
+    # Of single tokens beside a cache, and where weights are not to move, activations do, however many tokens there are.
+    assert free.counted(2**16, 2, False, cache=2**16).name == "weights"
+    assert not free.gathers(1, 2**17, False, cache=2**16)
     free.keep_weights()
-    assert not free.gathers(2**16, 2, True)
+    assert not free.gathers(2**16, 2, True) and not free.gathers(2**16, 2, False, cache=2**16)

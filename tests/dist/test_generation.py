@@ -13,8 +13,11 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
+from hp_plugin.compare.ranks.traffic import counted
+from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.rules import RULES
 from hp_plugin.generation.checkpoint import loaded_model, on_layout
-from hp_plugin.generation.decoding import generate
+from hp_plugin.generation.decoding import Step, generate
 from hp_plugin.generation.job import prepare, steps
 from hp_plugin.generation.options import GenerationOptions
 from hp_plugin.generation.sampler import Sampler
@@ -66,8 +69,13 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(VOCABULARY, (length,), generator=drawn).tolist() for length in lengths]
 
 
-def model_of(config: TrainingConfig, passes: tuple[tuple[int, int, int], ...], device: torch.device) -> nn.Module:
+def model_of(
+    config: TrainingConfig, passes: tuple[tuple[int, int, int], ...], device: torch.device, ends: bool = False
+) -> nn.Module:
+    """`ends`: as a training run would have made it, whose embedding and output layer work on a share, too."""
     transformer_config = build_transformer_config(config, cached=passes)
+    if ends:
+        transformer_config.micro_batch_size, transformer_config.seq_length = passes[0][1], config.seq_length
     model = build_gpt(config, transformer_config).to(device)
     initialize_parameters([model], transformer_config, config.seed)
     return model.eval()
@@ -94,8 +102,17 @@ def without_cache(
         yield chosen, torch.stack(logits)
 
 
-def compared(config: TrainingConfig, texts: list[list[int]], how: Sampling) -> tuple[float, int, int, int]:
-    """Largest difference of logits, steps whose tokens differ, bytes that this rank caches and that are cached whole."""
+def compared(
+    config: TrainingConfig,
+    texts: list[list[int]],
+    how: Sampling,
+    ends: bool = False,
+    sent: list[dict[tuple[str, str], float]] | None = None,
+) -> tuple[float, int, int, int]:
+    """Largest difference of logits, steps whose tokens differ, bytes that this rank caches and that are cached whole.
+
+    What every step sends, by axis and kind, is added to `sent`.
+    """
     prepare_device()
     total = max(map(len, texts)) + NEW
     passes = ((min(map(len, texts)), len(texts), min(map(len, texts))), (1, len(texts), total))
@@ -106,9 +123,9 @@ def compared(config: TrainingConfig, texts: list[list[int]], how: Sampling) -> t
     destroy_groups_but(dist.group.WORLD)
     with running_ranks(config) as device:
         context = StaticInferenceContext(len(texts), total)
-        model = model_of(config, passes, device)
+        model = model_of(config, passes, device, ends)
         found = generate(model, texts, NEW, vocabulary=VOCABULARY, sampling=how, context=context)
-        for step, (tokens, logits) in zip(found, steps, strict=True):
+        for step, (tokens, logits) in zip(recorded(found, sent), steps, strict=True):
             # What is behind the end of a text is nothing that anyone asks for.
             for number, token in enumerate(tokens):
                 if token is not None:
@@ -120,6 +137,20 @@ def compared(config: TrainingConfig, texts: list[list[int]], how: Sampling) -> t
         forget_expert_groups()
     whole = 2 * 4 * config.num_layers * total * len(texts) * config.query_groups * 8
     return worst, other, held(context), whole
+
+
+def recorded(steps: Iterator[Step], sent: list[dict[tuple[str, str], float]] | None) -> Iterator[Step]:
+    """The same, with what each sends."""
+    if sent is None:
+        yield from steps
+        return
+    while True:
+        with counted() as traffic:
+            step = next(steps, None)
+        if step is None:
+            return
+        sent.append(traffic.sent())
+        yield step
 
 
 @pytest.mark.parametrize(
@@ -141,6 +172,53 @@ def test_tokens_and_logits_are_those_of_one_rank_without_cache(
     for worst, other, own, whole in ranks.run(4, compared, config, prompts(*lengths), Sampling()):
         assert worst < 1e-4 and other == 0
         assert own == whole / 4
+
+
+def compared_recording(
+    config: TrainingConfig, texts: list[list[int]], ends: bool
+) -> tuple[float, int, int, int, list[dict[tuple[str, str], float]]]:
+    sent: list[dict[tuple[str, str], float]] = []
+    return *compared(config, texts, Sampling(), ends, sent), sent
+
+
+@pytest.mark.parametrize(
+    ("config", "lengths", "ends"),
+    [
+        (on(MODEL, "2,2"), (24, 30, 26, 24), False),
+        (on(MODEL, "2,2"), (24, 28, 25), False),
+        (on(MODEL, "2,2"), (24, 30, 26, 24), True),
+        (on(MODEL, "2,2"), (24, 28, 25), True),
+        (on(MQA, "1,4"), (24, 26, 30, 25), False),
+        (on(replace(MQA, seq_length=128), "1,4"), (32, 40, 35), False),
+        (on(EXPERTS, "2,2"), (16, 18, 17, 20), False),
+        (on(DEEPSPEED, "2,2"), (16, 18, 17, 20), False),
+    ],
+    ids=[
+        "2x2 by sequences",
+        "2x2 by tokens",
+        "2x2 by sequences, ends too",
+        "2x2 by tokens, ends too",
+        "1x4 MQA by sequences",
+        "1x4 MQA by tokens",
+        "experts",
+        "DeepSpeed's experts",
+    ],
+)
+def test_auto_gathers_weights_for_long_prompts_and_trades_activations_for_single_tokens(
+    ranks: Ranks, config: TrainingConfig, lengths: tuple[int, ...], ends: bool
+) -> None:
+    layers, grid, b = config.num_layers, config.head_dim, len(lengths)
+    shape = AttentionShape(s=1, b=b, h=4, g=config.query_groups, d=8, m=grid.m, n=grid.n, cache=max(lengths))
+    # Weights of the linears of attention, and of the MLPs where there are no experts, which lie still.
+    weights = 32 * (2 * shape.h + 2 * shape.g) * 8 + (0 if config.num_experts else 2 * 32 * 128)
+    of_step = layers * RULES["batch" if b % grid.n == 0 else "sequence"].bytes(shape, 4)
+    for worst, other, own, whole, sent in ranks.run(4, compared_recording, config, prompts(*lengths), ends):
+        assert worst < 1e-4 and other == 0
+        assert own == whole / 4
+        prompt, *steps = sent
+        assert prompt["dim", "all_gather"] >= layers * 4 * weights / grid.m * (grid.n - 1) / grid.n
+        for step in steps:
+            assert sum(size for (axis, _), size in step.items() if axis == "dim") == of_step
 
 
 def test_a_seed_gives_the_same_tokens_on_another_layout(ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from hp_plugin.exchange.kv_cache import cached_tokens
 from hp_plugin.exchange.weights.choice import Choice
 from hp_plugin.exchange.weights.gathering import Chain, in_backward
 from hp_plugin.exchange.weights.share import Share, share_of
@@ -56,9 +57,12 @@ class Block:
         self._sequence_parallel = config.sequence_parallel
         self._repeated: dict[StorageWeakRef, Pass] = {}
 
-    def begin(self, s: int, b: int, training: bool, **asked: Any) -> Pass:
-        """A micro-batch enters, of b samples of s tokens, with what else `Choice.gathers` asks."""
-        gathers = self.choice.gathers(s, b, training, **asked)
+    def begin(self, s: int, b: int, training: bool, context: Any = None, **asked: Any) -> Pass:
+        """A micro-batch enters, of b samples of s tokens, with what else `Choice.gathers` asks.
+
+        `context` is Megatron-Core's inference context, if keys and values are cached.
+        """
+        gathers = self.choice.gathers(s, b, training, cache=cached_tokens(context, s), **asked)
         share = share_of(self.groups, s, b, self._sequence_parallel) if gathers else None
         rows = s // self.groups.grid.size if self._sequence_parallel else s
         self.current = Pass(s, b, rows, share)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -61,7 +63,7 @@ class Choice:
         training: bool,
         rotary: int = 0,
         alone: tuple[str, ...] = (),
-        inference: bool = False,
+        cache: int = 0,
         packed: bool = False,
     ) -> bool:
         """Whether weights move in a pass.
@@ -71,8 +73,8 @@ class Choice:
             training: whether there is a backward pass.
             rotary: rotated channels per head.
             alone: what the pass asks for that only stock's inner attention does, each after "cannot".
-            inference: whether keys and values are cached. Single tokens are far too few to gather weights for, and
-                caches are laid out for activations.
+            cache: tokens of each sequence that are cached when the pass attends, its own among them; 0: there is no
+                cache. Both kinds of pass leave it alike, so that prompts choose; single tokens are too few to.
             packed: whether sequences are packed, whose tokens activations cannot trade.
 
         Raises:
@@ -80,26 +82,28 @@ class Choice:
         """
         if not self.free:
             return True
-        if inference or not self.can_gather:
+        if (cache and s == 1) or not self.can_gather:
             return False
         if packed:
             return True
-        key = (s, b, training, rotary, alone)
+        key = (s, b, training, rotary, alone, cache)
         if key not in self._made:
-            counted = self.counted(s, b, training, rotary, alone)
+            counted = self.counted(s, b, training, rotary, alone, cache)
             self._made[key] = RULES[counted.name].moves_weights
-            self._say(counted, s, b, training)
+            self._say(counted, s, b, "training" if training else "prompt" if cache else "forward-only")
         return self._made[key]
 
-    def counted(self, s: int, b: int, training: bool, rotary: int = 0, alone: tuple[str, ...] = ()) -> Counted:
+    def counted(
+        self, s: int, b: int, training: bool, rotary: int = 0, alone: tuple[str, ...] = (), cache: int = 0
+    ) -> Counted:
         """Bytes that the ranks of all pipeline stages send in one pass, one of each stage's added up."""
-        block = self._layers(s, b, rotary, alone)
+        block = self._layers(s, b, rotary, alone, cache)
         names, itemsize = self._names, self._config.params_dtype.itemsize
         return choose(self._head_dim.exchange, block, training, itemsize, lambda rule: rule.name in names)
 
-    def _layers(self, s: int, b: int, rotary: int, alone: tuple[str, ...]) -> BlockShape:
+    def _layers(self, s: int, b: int, rotary: int, alone: tuple[str, ...], cache: int) -> BlockShape:
         config = self._config
-        shape = attention_shape(config, self._head_dim, b, s, rotary, alone)
+        shape = replace(attention_shape(config, self._head_dim, b, s, rotary, alone), cache=cache)
         further = getattr(config, "mtp_num_layers", None) or 0
         stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
         mixtures = _mixtures(config)
@@ -123,19 +127,19 @@ class Choice:
             output_shared=self.output_shared,
         )
 
-    def _say(self, counted: Counted, s: int, b: int, training: bool) -> None:
-        """Once for each kind of pass, on the first rank."""
-        kind = ("training" if training else "forward-only", counted.name)
+    def _say(self, counted: Counted, s: int, b: int, kind: str) -> None:
+        """Once for each kind of pass and what it moves, on the first rank; of prompts beside the text that follows."""
         said = vars(self._config).setdefault("head_dim_said", set())
-        if kind in said or dist.get_rank() != 0:
+        if (kind, counted.name) in said or dist.get_rank() != 0:
             return
-        said.add(kind)
+        said.add((kind, counted.name))
         stages = self._config.pipeline_model_parallel_size
         each = Counted({name: sent / stages for name, sent in counted.bytes.items()})
         what = "weights" if RULES[counted.name].moves_weights else f"activations (`{counted.name}`)"
         print(
-            f" > --head-dim-exchange {self._head_dim.exchange}: {kind[0]} passes of {b} x {s} tokens move {what}; "
+            f" > --head-dim-exchange {self._head_dim.exchange}: {kind} passes of {b} x {s} tokens move {what}; "
             f"a rank sends per micro-batch: {each.reason}",
+            file=sys.stderr if kind == "prompt" else sys.stdout,
             flush=True,
         )
 

@@ -24,7 +24,12 @@ from hp_plugin.exchange.replicas import mark_partial
 from hp_plugin.exchange.weights.block import Block, Pass
 from hp_plugin.exchange.weights.cross_entropy import vocabulary_cross_entropy
 from hp_plugin.exchange.weights.gathering import Chain, LayerWeights
-from hp_plugin.exchange.weights.layers import GatheringColumnLinear, WeightsTransformerLayer, mixed
+from hp_plugin.exchange.weights.layers import (
+    GatheringColumnLinear,
+    WeightsTransformerLayer,
+    inference_context,
+    mixed,
+)
 from hp_plugin.exchange.weights.rule import embedding_moves_less, output_moves_less
 from hp_plugin.exchange.weights.shards import Shard
 from hp_plugin.exchange.weights.whole_tokens import count_once
@@ -66,7 +71,7 @@ class _Embedding:
     def __init__(self, model: GPTModel, block: Block, layer: WeightsTransformerLayer) -> None:
         self._block, self._config, self._layer = block, model.config, layer
         self._layer.first = False
-        self._asked: dict[str, bool] = {}
+        self._asked: dict[str, Any] = {}
         rotary = getattr(model, "rotary_pos_emb", None)
         self._rotary = 0 if rotary is None else 2 * rotary.inv_freq.shape[-1]
         embedding = model.embedding
@@ -93,7 +98,7 @@ class _Embedding:
         self._layer.first = given.get("decoder_input") is not None
         self._asked = {
             "packed": given.get("packed_seq_params") is not None,
-            "inference": any(given.get(name) is not None for name in ("inference_context", "inference_params")),
+            "context": inference_context(given),
         }
 
     def _cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -212,20 +217,18 @@ class _Output:
 
     def _logits(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Where there are no labels: stock's logits [b, s, V/P] of all tokens, from this rank's."""
-        passing = self._block.current
-        if passing.share is None or self._signature.bind(*args, **kwargs).arguments.get("labels") is not None:
+        share, given = self._block.current.share, self._signature.bind(*args, **kwargs).arguments
+        if share is None or given.get("labels") is not None:
             return output
         own, n = output.transpose(0, 1), self._block.groups.grid.n
-        if own.shape[0] == 1 < self._block.share.shape[0] and self._block.share.b % n:
-            raise ValueError(
-                f"exchange `weights` spreads the tokens of {self._block.share.b} sequences over n = {n} ranks, of "
-                "which one has the last: generate with --head-dim-exchange sequence, or a batch size divisible by n"
-            )
+        # Behind a prompt stock asks for the last token alone; a share of tokens has at least two.
+        last = inference_context(given) is not None and own.shape[0] == 1
         if own.shape[-1] == self._model.vocab_size:
-            return self._all_tokens(own.contiguous()).transpose(0, 1).contiguous()
+            whole = share.whole_last(own) if last else self._all_tokens(own.contiguous())
+            return whole.transpose(0, 1).contiguous()
         # [s, b/n, n · V/P] -> [n, s, b/n, V/P]: to every rank of the dim group its part of the vocabulary
-        parts = own.unflatten(2, (n, -1)).movedim(2, 0).contiguous()
-        return passing.share.join(all_to_all(self._block.groups.dim, parts)).transpose(0, 1).contiguous()
+        parts = all_to_all(self._block.groups.dim, own.unflatten(2, (n, -1)).movedim(2, 0).contiguous())
+        return (share.join_last(parts) if last else share.join(parts)).transpose(0, 1).contiguous()
 
 
 def _own(passing: Pass, by_sample: Tensor) -> Tensor:

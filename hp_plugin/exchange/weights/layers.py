@@ -6,7 +6,7 @@ runs whose weights move does stock believe that it has TP = m.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -247,8 +247,15 @@ def _asked(kwargs: dict[str, Any]) -> dict[str, Any]:
         "rotary": 0 if angles is None else angles.shape[-1],
         "alone": ("add an attention bias",) if biased else (),
         "packed": kwargs.get("packed_seq_params") is not None,
-        "inference": any(kwargs.get(name) is not None for name in ("inference_context", "inference_params")),
+        "context": inference_context(kwargs),
     }
+
+
+def inference_context(given: Mapping[str, Any]) -> Any:
+    """The context among what a model or a layer was called with, under its name or its earlier one; None: nothing is
+    cached."""
+    found = given.get("inference_context")
+    return given.get("inference_params") if found is None else found
 
 
 @cache

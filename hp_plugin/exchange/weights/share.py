@@ -44,6 +44,10 @@ class Share:
         """The inverse of `own`; every rank gets the whole gradient."""
         return self._ends.apply(states, self, False)
 
+    def whole_last(self, own: Tensor) -> Tensor:
+        """Every sample's last token, [1, b, ..], from the last that each rank has of its share, without a gradient."""
+        return self.join_last(_side_by_side(own, self))
+
     def own_padding(self, mask: Tensor | None) -> Tensor | None:
         """The same of a padding mask, `[b, s]`, or `[b, s/P]` with sequence parallelism."""
         if mask is None:
@@ -67,6 +71,10 @@ class Share:
     def join(self, shares: Tensor) -> Tensor:
         """The shares of a dim group, [n, ..] -> [s, b, ..], contiguous."""
         raise NotImplementedError
+
+    def join_last(self, lasts: Tensor) -> Tensor:
+        """The last token of every share of a dim group, [n, 1, ..] -> every sample's last, [1, b, ..], contiguous."""
+        return self.join(lasts)
 
     def regions(self, tp_rank: int) -> list[Region]:
         """With sequence parallelism: what a rank of the TP group has inside, in its order."""
@@ -127,6 +135,9 @@ class TokenShare(Share):
     def join(self, shares: Tensor) -> Tensor:
         return in_order(shares)
 
+    def join_last(self, lasts: Tensor) -> Tensor:
+        return lasts[0]  # whose late chunk is the last of all
+
     def regions(self, tp_rank: int) -> list[Region]:
         (i, j), n = self.groups.grid.coordinates(tp_rank), self.groups.grid.n
         size, part = self.s // (2 * n), self.s // self.groups.grid.size
@@ -158,11 +169,16 @@ def share_of(groups: HeadDimGroups, s: int, b: int, sequence_parallel: bool) -> 
 
 
 def _gathered(own: Tensor, share: Share) -> Tensor:
+    return share.join(_side_by_side(own, share))
+
+
+def _side_by_side(own: Tensor, share: Share) -> Tensor:
+    """What each rank of a dim group has, [n, ..]."""
     n = share.groups.grid.n
     # Laid side by side as gloo demands: [n · len(own), ..]
     shares = own.new_empty((n * own.shape[0], *own.shape[1:]))
     dist.all_gather_into_tensor(shares, own.contiguous(), group=share.groups.dim)
-    return share.join(shares.unflatten(0, (n, -1)))
+    return shares.unflatten(0, (n, -1))
 
 
 class _CutOrJoined(torch.autograd.Function):
