@@ -175,7 +175,11 @@ def sent(case: Case) -> dict[tuple[int, str], dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("case", MAP.values(), ids=MAP.keys())
+# Each takes as long as a file of tests; the first two show most.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (number > 1)) for number, (name, case) in enumerate(MAP.items())],
+)
 def test_it_sends_no_more_than_the_best_fixed_exchange(ranks: Ranks, case: Case) -> None:
     """Recorded, over a map of 40 shapes: five kinds of layers, four sizes of micro-batches, both kinds of steps."""
     found = ranks.run(4, sent, case)

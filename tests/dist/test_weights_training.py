@@ -19,11 +19,12 @@ LAYOUTS = {
         "--head-dim-parallel 2,2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
         "--sequence-parallel",
     ),
-    "2x2 PP=2 interleaved SP, tokens": (
+    "2x2 PP=2 interleaved SP, tokens": pytest.param(
         8,
         "--num-layers 4",
         "--head-dim-parallel 2,2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
         "--sequence-parallel --micro-batch-size 1",
+        marks=pytest.mark.slow,
     ),
 }
 

@@ -49,10 +49,19 @@ _DECODE = (
     Comparison("mqa", ("tp=8", "grid=1x8", "grid=1x8,exchange=sequence"), (DECODE,)),
 )
 
+# What is chosen beside every exchange that could have been: few tokens in a micro-batch, and eight times as many.
+_FEW_TOKENS = (",mbs=1", ",exchange=sequence,mbs=1", ",exchange=weights,mbs=1")
+_MANY_TOKENS = (",mbs=8", ",exchange=batch,mbs=8", ",exchange=sequence,mbs=8", ",exchange=weights,mbs=8")
+_AUTO = tuple(
+    Comparison(model, tuple(f"grid={grid}{choice}" for choice in _FEW_TOKENS + _MANY_TOKENS))
+    for model, grid in (("llama3-like", "2x2"), ("qwen2.5-like", "2x2"), ("qwen3-like", "2x2"), ("mqa", "1x4"))
+)
+
 SUITES: dict[str, tuple[Comparison, ...]] = {
     "paper-dense": (_PAPER,),
     "paper-moe": (_PAPER_MOE,),
     "kv-heads": _KV_HEADS,
     "decode": _DECODE,
+    "auto": _AUTO,
     "all": (_PAPER, _PAPER_MOE, *_KV_HEADS),
 }
