@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hp_plugin.checkpoint.reading import BACKEND, INDEX, DamagedFileError, readable
 from hp_plugin.upstream.checkpoint_format import COMMON_FILE
@@ -21,6 +24,9 @@ from hp_plugin.upstream.checkpoint_format import COMMON_FILE
 LIST = "integrity.json"
 _PART = "integrity_of_rank_{}.json"
 _ALGORITHM = "sha256"
+_SHARD = re.compile(r"__(\d+)_")
+"""How Megatron-Core's name of a shard begins: with the rank that writes it."""
+_FILES_AT_A_TIME = 4
 
 
 def write_shard_checksums(folder: Path, rank: int) -> None:
@@ -28,17 +34,40 @@ def write_shard_checksums(folder: Path, rank: int) -> None:
     _write(folder / _PART.format(rank), _sums(folder.glob(f"__{rank}_*")))
 
 
-def complete_checksums(folder: Path) -> None:
+def write_with_checksums(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """`write(*args, **kwargs)`, and then `write_shard_checksums`; for the process that writes in the background.
+
+    Whether it wrote all of them is for `complete_checksums` to say.
+    """
+    write(*args, **kwargs)
+    with suppress(OSError):
+        write_shard_checksums(folder, rank)
+
+
+def has_shard_checksums(folder: Path, rank: int) -> bool:
+    """Whether a rank's list is there, waiting for the others."""
+    return (folder / _PART.format(rank)).is_file()
+
+
+def forget_shard_checksums(folder: Path, rank: int) -> None:
+    """Removes this rank's list, which a run that ended may have left where another now saves."""
+    (folder / _PART.format(rank)).unlink(missing_ok=True)
+
+
+def complete_checksums(folder: Path, ranks: int) -> None:
     """Puts the lists of all ranks together, with the other files of the checkpoint; by one rank, after all others.
+
+    Shards of ranks beyond `ranks` are left from an earlier save, and no part of this checkpoint.
 
     Raises:
         RuntimeError: a shard has no checksum, so the process that wrote it has failed.
     """
     parts = list(folder.glob(_PART.format("*")))
     sums: dict[str, str] = {}
-    for part in parts:
-        sums |= listed_checksums(folder, part.name)
-    missing = sorted(shard.name for shard in folder.glob("__*") if shard.name not in sums)
+    for rank in range(ranks):
+        sums |= listed_checksums(folder, _PART.format(rank))
+    written = (shard.name for shard in folder.glob("__*") if _rank_of(shard) < ranks)
+    missing = sorted(name for name in written if name not in sums)
     if missing:
         raise RuntimeError(f"{folder / missing[0]} has no checksum: writing it did not end well")
     others = (folder / name for name in (INDEX, COMMON_FILE, BACKEND))
@@ -87,8 +116,16 @@ def verify_checksum(file: Path, expected: str) -> None:
         raise DamagedFileError(file, "has changed since it was written (its SHA-256 is another)")
 
 
+def _rank_of(shard: Path) -> int:
+    found = _SHARD.match(shard.name)
+    return 0 if found is None else int(found[1])
+
+
 def _sums(files: Iterable[Path]) -> dict[str, str]:
-    return {file.name: file_checksum(file) for file in sorted(files)}
+    paths = sorted(files)
+    # hashlib lets go of the interpreter, and a rank has several files: together they take as long as the largest.
+    with ThreadPoolExecutor(_FILES_AT_A_TIME) as threads:
+        return {path.name: digest for path, digest in zip(paths, threads.map(file_checksum, paths), strict=True)}
 
 
 def _write(path: Path, sums: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from hp_plugin.checkpoint.checks import refuse_together
-from hp_plugin.checkpoint.checksums import listed_checksums, verify_checksum
+from hp_plugin.checkpoint.checksums import LIST, listed_checksums, verify_checksum
 from hp_plugin.checkpoint.reading import DamagedFileError, read_index, read_object
 
 
-def check_contents(folder: str | Path, trusted: bool = False) -> None:
+def check_contents(folder: str | Path, trusted: bool = False) -> str | None:
     """Refuses changed bytes and objects that would run code among the shards; a collective call over the default group.
 
     Each file is read by one rank, each object by one: random states and the like, which torch unpickles as they are.
 
     Args:
         trusted: reads objects unseen; checksums are compared all the same.
+
+    Returns:
+        What a checkpoint without checksums cannot show, to be said; None for one that has them.
 
     Raises:
         WrongModelError: on all ranks, names the first files.
@@ -32,6 +36,9 @@ def check_contents(folder: str | Path, trusted: bool = False) -> None:
     except DamagedFileError as damage:
         complaints = [str(damage)]
     refuse_together(complaints, folder, "cannot be loaded")
+    if os.path.lexists(Path(folder) / LIST):
+        return None
+    return f"checkpoint {folder} has no checksums ({LIST}): changed bytes in its shards would go unnoticed"
 
 
 def _checks(folder: Path, trusted: bool) -> Iterator[Callable[[], None]]:

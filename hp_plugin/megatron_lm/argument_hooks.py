@@ -10,6 +10,7 @@ from typing import Any
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.megatron_lm import flags
+from hp_plugin.megatron_lm.rank_files import check_files_to_load
 from hp_plugin.megatron_lm.releases import check_parameters
 from hp_plugin.processes.refusals import refuse
 
@@ -53,6 +54,8 @@ class ArgumentHooks:
         """`validate_args` after our own checks; what these refuse ends the program as a parser's error does."""
         try:
             self.head_dim = flags.settle(args, self._argv)
+            if self.head_dim is not None:
+                check_files_to_load(args)
         except ValueError as mistake:
             refuse(str(mistake), sys.argv[0])
         return self._validate(args, *rest, **kwargs)

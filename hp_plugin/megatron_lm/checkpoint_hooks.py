@@ -1,15 +1,17 @@
-"""The three replacements around Megatron-LM's loading of checkpoints: refusals before anything wrong is in the model.
+"""The four replacements around Megatron-LM's checkpoints: refusals before a model has anything wrong, and checksums.
 
-They can go once Megatron-LM lets plugins look at a checkpoint before it loads it.
+They can go once Megatron-LM lets plugins look at a checkpoint before it loads it, and after it has saved it.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
@@ -19,7 +21,10 @@ from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
 from hp_plugin.checkpoint.reading import trusting
 from hp_plugin.checkpoint.rules import check_same_function, check_same_layout, recorded_head_dim
 from hp_plugin.config import HeadDimConfig
+from hp_plugin.megatron_lm.rank_files import check_files_to_load
 from hp_plugin.megatron_lm.releases import check_parameters
+from hp_plugin.megatron_lm.saved_checksums import with_checksums
+from hp_plugin.processes.refusals import refuse
 
 _STRICT = {StrictHandling.ASSUME_OK_UNEXPECTED, StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL}
 
@@ -32,6 +37,7 @@ class CheckpointHooks:
         self._head_dim = head_dim
         self._read: Callable[..., Any] = checkpointing._load_base_checkpoint
         self._load: Callable[..., Any] = dist_checkpointing.load
+        self._save: Callable[..., Any] = dist_checkpointing.save
         self._load_common: Callable[..., Any] = dist_checkpointing.load_common_state_dict
         self._trusted = False
         self._common: tuple[str, Any] = ("", None)
@@ -41,6 +47,7 @@ class CheckpointHooks:
         check_parameters("megatron.training.checkpointing._load_base_checkpoint", self._read, ("load_dir", "args"))
         names = ("sharded_state_dict", "checkpoint_dir", "strict")
         check_parameters("megatron.core.dist_checkpointing.load", self._load, names)
+        check_parameters("megatron.core.dist_checkpointing.save", self._save, names[:2])
         name = "megatron.core.dist_checkpointing.load_common_state_dict"
         check_parameters(name, self._load_common, ("checkpoint_dir",))
 
@@ -48,6 +55,7 @@ class CheckpointHooks:
         """Replaces the functions for the rest of the process."""
         self._checkpointing._load_base_checkpoint = self.read
         dist_checkpointing.load = self.load
+        dist_checkpointing.save = self.save
         dist_checkpointing.load_common_state_dict = self.load_common
 
     def read(self, load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -55,9 +63,16 @@ class CheckpointHooks:
 
         Raises:
             ValueError: see `check_same_function`; for the format `torch`, also `check_same_layout`.
+            SystemExit: see `check_files_to_load`; arguments (--use-checkpoint-args) are read before they are validated.
         """
         self._trusted = getattr(args, "trust_checkpoint", False)
-        result = self._read(load_dir, args, *rest, **kwargs)
+        if getattr(args, "head_dim_parallel", None) is not None:
+            try:
+                check_files_to_load(args)
+            except ValueError as mistake:
+                refuse(str(mistake), sys.argv[0])
+        with trusting(self._trusted):
+            result = self._read(load_dir, args, *rest, **kwargs)
         state, kind, head_dim = result[0], result[3], self._head_dim()
         # Read for its arguments alone (--use-checkpoint-args), the checkpoint comes before the grid is known.
         if head_dim is not None and state and state.get("args") is not None:
@@ -93,10 +108,19 @@ class CheckpointHooks:
         if self._head_dim() is not None:
             state, folder = call.arguments["sharded_state_dict"], str(call.arguments["checkpoint_dir"])
             check_files(folder, self._trusted)
-            check_contents(folder, self._trusted)
+            unknown = check_contents(folder, self._trusted)
+            if unknown is not None and dist.get_rank() == 0:
+                print(f"hp_plugin: {unknown}", flush=True)
             if StrictHandling(call.arguments["strict"]) in _STRICT:
                 check_tensors(state, folder, self._trusted)
             before, common = self._common
             check_expert_optimizer(state, common if before == folder else self.load_common(folder), folder)
         with trusting(self._trusted):
             return self._load(*args, **kwargs)
+
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        """`dist_checkpointing.save`, on a grid with checksums, unless the release is asked for its own."""
+        call = inspect.signature(self._save).bind(*args, **kwargs)
+        if self._head_dim() is None or call.arguments.get("verify_integrity", False):
+            return self._save(*args, **kwargs)
+        return with_checksums(lambda: self._save(*args, **kwargs), str(call.arguments["checkpoint_dir"]))

@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         TRUST_FLAG,
         action="store_true",
         default=argparse.SUPPRESS,
-        help="On a grid: load a distributed checkpoint although reading its files runs what they name, from a folder "
-        "whose writer you trust.",
+        help="On a grid: load a checkpoint although reading its files runs what they name, from a folder whose writer "
+        "you trust.",
     )
     return parser
 

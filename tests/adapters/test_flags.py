@@ -219,7 +219,7 @@ def test_another_signature_is_refused_with_the_release(monkeypatch: pytest.Monke
 
 def test_without_the_flags_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     touched = [(TransformerConfig, "__post_init__"), (GPTModel, "__init__"), (dist_checkpointing, "load")]
-    touched.append((dist_checkpointing, "load_common_state_dict"))
+    touched += [(dist_checkpointing, "save"), (dist_checkpointing, "load_common_state_dict")]
     touched.append((parallel_state, "initialize_model_parallel"))
     before = [getattr(owner, name) for owner, name in touched]
     monkeypatch.setitem(sys.modules, "megatron.training", None)  # would fail if it were looked for

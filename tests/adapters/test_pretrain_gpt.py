@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from hp_plugin.commands import main as cli
 from hp_plugin.megatron_lm.releases import listed_releases
@@ -20,6 +21,7 @@ from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.search.launch_flags import megatron_flags
 from hp_plugin.planner.seconds.step import predict
 from tests.adapters.megatron_lm_runs import LINE, losses, needs_clone, release_tree, run
+from tests.adapters.test_flags import Hostile
 
 pytestmark = [needs_clone, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -207,6 +209,35 @@ def test_what_a_checkpoint_cannot_be_loaded_as(tree: Path, tmp_path: Path) -> No
     shard.write_bytes(shard.read_bytes()[:100])
     status, output = run(tree, 4, f"{local} {load}")
     assert status != 0 and f"{shard} is truncated" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("saving", ["", "--async-save --async-strategy mcore", "--ckpt-format torch"])
+def test_changed_bytes_and_code_in_what_the_grid_saved(tree: Path, tmp_path: Path, saving: str) -> None:
+    if WHOLE == "core_v0.16.1":
+        saving = saving.replace(" --async-strategy mcore", "")
+    grid = f"--head-dim-parallel 1,2 {saving} --global-batch-size 2"
+    first = losses(tree, 2, f"{grid} --save {tmp_path} --save-interval 1 --exit-interval 1")
+    load = f"{grid} --load {tmp_path} --train-iters 2 --override-opt-param-scheduler"
+    assert sorted(first) == [1] and sorted(losses(tree, 2, load)) == [2]
+    folder = tmp_path / "iter_0000001"
+    assert (folder / "integrity.json").exists() == (saving != "--ckpt-format torch")
+    shard = max(folder.rglob("*.distcp" if saving != "--ckpt-format torch" else "*.pt"), key=lambda f: f.stat().st_size)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:20000] + bytes(byte ^ 1 for byte in whole[20000:20004]) + whole[20004:])
+    status, output = run(tree, 2, load)
+    assert status != 0 and f"{shard} has changed since it was written" in output, output[-3000:]
+    shard.write_bytes(whole)
+    if saving == "--ckpt-format torch":
+        torch.save(torch.load(shard, weights_only=False) | {"payload": Hostile(tmp_path / "made")}, shard)
+        status, output = run(tree, 2, load)
+        assert status != 0 and not (tmp_path / "made").exists()
+        (said,) = [line for line in output.splitlines() if "pretrain_gpt.py: error:" in line]
+        assert f"{shard} names os.makedirs" in said and "--trust-checkpoint" in said
+        assert sorted(losses(tree, 2, f"{load} --trust-checkpoint")) == [2] and (tmp_path / "made").exists()
+    if not saving:
+        (folder / "integrity.json").unlink()
+        status, output = run(tree, 2, load)
+        assert status == 0 and output.count(f"checkpoint {folder} has no checksums") == 1
 
 
 def test_contradicting_flags_end_before_training(tree: Path) -> None:

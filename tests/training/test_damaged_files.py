@@ -107,7 +107,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_damaged_checkpoint_is_told_by_its_file(checkpoint: Path, name: str, damage: Callable[[Path], None]) -> None:
     check_files(checkpoint)
     write_shard_checksums(checkpoint, 0)
-    complete_checksums(checkpoint)
+    complete_checksums(checkpoint, 1)
     sums = listed_checksums(checkpoint)
     damage(checkpoint / name)
     with pytest.raises(DamagedFileError) as told:
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_told_by_its_file(checkpoint: Path, name: str, d
 @pytest.mark.parametrize("damage", [emptied, halved, garbled, text, unreadable, dangling])
 def test_so_is_a_list_of_checksums(checkpoint: Path, damage: Callable[[Path], None]) -> None:
     write_shard_checksums(checkpoint, 0)
-    complete_checksums(checkpoint)
+    complete_checksums(checkpoint, 1)
     assert set(listed_checksums(checkpoint)) == {".metadata", "common.pt", "metadata.json", "__0_0.distcp"}
     damage(checkpoint / "integrity.json")
     with pytest.raises(DamagedFileError) as told:
@@ -131,7 +131,7 @@ def test_so_is_a_list_of_checksums(checkpoint: Path, damage: Callable[[Path], No
 
 def test_the_list_of_checksums_is_that_of_megatron_core(checkpoint: Path) -> None:
     write_shard_checksums(checkpoint, 0)
-    complete_checksums(checkpoint)
+    complete_checksums(checkpoint, 1)
     own = json.loads((checkpoint / "integrity.json").read_text())
     by_hand = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -151,8 +151,17 @@ def test_a_shard_that_its_writer_did_not_finish_completes_nothing(checkpoint: Pa
     write_shard_checksums(checkpoint, 0)
     (checkpoint / "__1_0.distcp").write_bytes(b"half of it")
     with pytest.raises(RuntimeError, match=r"__1_0\.distcp has no checksum"):
-        complete_checksums(checkpoint)
+        complete_checksums(checkpoint, 2)
     assert not (checkpoint / "integrity.json").exists()
+
+
+def test_what_an_earlier_save_of_more_ranks_has_left_is_no_part_of_a_checkpoint(checkpoint: Path) -> None:
+    for rank in (0, 7):
+        write_shard_checksums(checkpoint, rank)
+    (checkpoint / "__7_0.distcp").write_bytes(b"left")
+    complete_checksums(checkpoint, 2)
+    assert "__7_0.distcp" not in listed_checksums(checkpoint)
+    assert not list(checkpoint.glob("integrity_of_rank_*"))
 
 
 @pytest.mark.parametrize("content", [[], {}, "text", 3, None, {"weight": 1}])

@@ -6,7 +6,6 @@ import atexit
 import functools
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from hp_plugin.checkpoint.checks import check_files, check_tensors, read_common_state, refuse_together
-from hp_plugin.checkpoint.checksums import complete_checksums, write_shard_checksums
+from hp_plugin.checkpoint.checksums import complete_checksums, write_shard_checksums, write_with_checksums
 from hp_plugin.checkpoint.contents import check_contents
 from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
 from hp_plugin.checkpoint.reading import trusting
@@ -173,7 +172,7 @@ class Checkpoints:
         def complete() -> None:
             if dist.get_rank() == 0:
                 if self.config.ckpt_format == "torch_dist":
-                    complete_checksums(partial)
+                    complete_checksums(partial, dist.get_world_size())
                 folders.complete(partial, iteration)
             print_rank_0(f" > saved checkpoint of iteration {iteration} to {self.config.save}{ending}")
 
@@ -201,7 +200,7 @@ class Checkpoints:
             write_shard_checksums(partial, dist.get_rank())
             return False
         if request.async_fn is not None:
-            write = functools.partial(_write_with_checksums, request.async_fn, partial, dist.get_rank())
+            write = functools.partial(write_with_checksums, request.async_fn, partial, dist.get_rank())
             request = request._replace(async_fn=write)
         request.add_finalize_fn(complete)
         self._queue.schedule_async_request(request)
@@ -215,7 +214,9 @@ class Checkpoints:
 
     def _load_sharded(self, folder: Path) -> int:
         trusted = self.config.trust_checkpoint
-        check_contents(folder, trusted)
+        unknown = check_contents(folder, trusted)
+        if unknown is not None:
+            print_rank_0(f" > {unknown}")
         common = read_common_state(folder, trusted)
         saved: Namespace = common.get("args", Namespace())
         whole = not self.config.finetune
@@ -266,10 +267,3 @@ def _locked(folder: Path) -> FolderLock | None:
             atexit.register(lock.release)
     refuse_together(complaints, folder, "cannot be written")
     return lock
-
-
-def _write_with_checksums(write: Callable[..., None], partial: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """Runs in the process that writes in the background; whether it wrote all is for `complete_checksums` to say."""
-    write(*args, **kwargs)
-    with suppress(OSError):
-        write_shard_checksums(partial, rank)
