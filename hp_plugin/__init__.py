@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from hp_plugin.attention.registration import initialize_head_dim_parallel
     from hp_plugin.attention.self_attention import HeadDimSelfAttention
     from hp_plugin.attention.specs import head_dim_spec
-    from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
+    from hp_plugin.attention.transformer_config import HeadDimMLATransformerConfig, HeadDimTransformerConfig
     from hp_plugin.config import HeadDimConfig
     from hp_plugin.grid.groups import HeadDimGroups
     from hp_plugin.grid.ranks import Grid
@@ -20,6 +20,7 @@ __all__ = [
     "HeadDimColumnParallelLinear",
     "HeadDimConfig",
     "HeadDimGroups",
+    "HeadDimMLATransformerConfig",
     "HeadDimRowParallelLinear",
     "HeadDimSelfAttention",
     "HeadDimTransformerConfig",
@@ -33,6 +34,7 @@ _HOME = {
     "HeadDimColumnParallelLinear": "hp_plugin.attention.layers",
     "HeadDimConfig": "hp_plugin.config",
     "HeadDimGroups": "hp_plugin.grid.groups",
+    "HeadDimMLATransformerConfig": "hp_plugin.attention.transformer_config",
     "HeadDimRowParallelLinear": "hp_plugin.attention.layers",
     "HeadDimSelfAttention": "hp_plugin.attention.self_attention",
     "HeadDimTransformerConfig": "hp_plugin.attention.transformer_config",

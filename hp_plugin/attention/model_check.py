@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.transformer.attention import Attention
 from torch import nn
 
-from hp_plugin.attention.self_attention import HeadDimSelfAttention
+from hp_plugin.attention.on_grid import GridAttention
 
 
 def check_attention(model: nn.Module) -> None:
@@ -15,7 +15,7 @@ def check_attention(model: nn.Module) -> None:
         RuntimeError: names the first such layers.
     """
     attention = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
-    off = [name for name, module in attention.items() if not isinstance(module, HeadDimSelfAttention)]
+    off = [name for name, module in attention.items() if not isinstance(module, GridAttention)]
     if off:
         raise RuntimeError(
             f"--head-dim-parallel: {len(off)} of {len(attention)} attention layers were built off the grid "

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from hp_plugin.attention.core_attention import HeadDimCoreAttention
 from hp_plugin.attention.layers import HeadDimColumnParallelLinear, HeadDimRowParallelLinear, submodule_spec
+from hp_plugin.attention.on_grid import GridAttention, groups_of, stock_collection
 from hp_plugin.attention.transformer_config import check_supported
 from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
@@ -32,11 +32,10 @@ from hp_plugin.exchange.rules import RULES, candidates, resolve, traded
 from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import Angles, Exchange, QKVLayout, Turn
-from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.grid.ownership import proj_columns, qkv_rows
 
 
-class HeadDimSelfAttention(SelfAttention):
+class HeadDimSelfAttention(GridAttention, SelfAttention):
     """`SelfAttention` whose heads are split over the head axis and whose head dimension is split over the dim axis.
 
     The stock class runs on the head group, with full heads of this rank's share of the work (`batch`, `sequence`) or
@@ -52,9 +51,6 @@ class HeadDimSelfAttention(SelfAttention):
         RuntimeError: no grid is registered, or it is not the config's.
     """
 
-    passing: Any = None
-    """What the layer around says of the whole micro-batch, where it may give attention its share of it."""
-
     def __init__(
         self,
         config: TransformerConfig,
@@ -67,12 +63,7 @@ class HeadDimSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         head_dim: HeadDimConfig = config.head_dim_parallel
-        groups = HeadDimGroups.from_collection(pg_collection)
-        if groups.grid != head_dim.grid:
-            raise RuntimeError(
-                f"the model's grid is {head_dim.grid}, the initialized one {groups.grid}: "
-                "initialize_head_dim_parallel and the config must name the same"
-            )
+        groups = groups_of(head_dim, pg_collection)
         check_supported(config, head_dim)
         h, g, d = config.num_attention_heads, config.num_query_groups, config.kv_channels
         head_dim.check_heads(h, g, d)
@@ -87,7 +78,7 @@ class HeadDimSelfAttention(SelfAttention):
         gathering = next((exchange for exchange in known.values() if exchange.rule.moves_weights), turn.exchange)
         column, for_column = gathering.parallel_linear(HeadDimColumnParallelLinear, layout.slots, head_dim.chooses)
         row, for_row = gathering.parallel_linear(HeadDimRowParallelLinear, layout.heads, head_dim.chooses)
-        collection = copy.copy(pg_collection) if pg_collection is not None else _stock_collection()
+        collection = copy.copy(pg_collection) if pg_collection is not None else stock_collection()
         collection.tp = turn.exchange.stock_group
         true_config, config = config, turn.exchange.stock_config(config)
         super().__init__(
@@ -259,8 +250,3 @@ def _picked(
         return resolve(moving[0], shape)
     first = head_dim.check_shape(shape)
     return first if training is None else traded(head_dim.exchange, shape, training, itemsize)
-
-
-def _stock_collection() -> ProcessGroupCollection:
-    """The groups that stock attention takes where it is given none."""
-    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -20,6 +21,8 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from hp_plugin.attention.experts import MARKED_EXPERTS
 from hp_plugin.attention.fused_core import with_fused_core
+from hp_plugin.attention.latent_attention import HeadDimLatentAttention
+from hp_plugin.attention.latent_limits import LATENT_LINEARS
 from hp_plugin.attention.layers import submodule_spec
 from hp_plugin.attention.recompute import OWN_BIAS, recomputes_mlp
 from hp_plugin.attention.self_attention import HeadDimSelfAttention
@@ -53,11 +56,15 @@ def head_dim_spec(
     """Any stock GPT layer or block spec with `HeadDimSelfAttention` for `SelfAttention`, fitting norms and experts.
 
     Raises:
-        ValueError: the spec has no `SelfAttention` to replace.
+        ValueError: the spec has no `SelfAttention` or `MLASelfAttention` to replace, or layers that nothing can run.
     """
     strategies = _strategies(config, layer_spec)
     names = {"exchanges": tuple(exchange.rule.name for exchange in strategies)} if strategies else {}
-    swapped = with_replacements(layer_spec, {SelfAttention: Replacement(HeadDimSelfAttention, names)})
+    kinds = {
+        SelfAttention: Replacement(HeadDimSelfAttention, names),
+        MLASelfAttention: Replacement(HeadDimLatentAttention),
+    }
+    swapped = with_replacements(layer_spec, kinds)
     if swapped is layer_spec:
         raise ValueError(
             f"the layer spec {layer_spec!r} has no megatron.core SelfAttention that the grid could replace"
@@ -96,7 +103,10 @@ def _strategies(config: TransformerConfig, spec: Any = None) -> list[type[Exchan
     found = [STRATEGIES[name] for name in candidates(head_dim.exchange, head_dim.n)]
     if not head_dim.chooses or spec is None:
         return found
-    return [exchange for exchange in found if exchange.can_take(spec, config)]
+    able = [exchange for exchange in found if exchange.can_take(spec, config)]
+    if not able:
+        raise ValueError(f"{LATENT_LINEARS}, and make layer specs once the grid is initialized")
+    return able
 
 
 def mended_mlps(layer_spec: Any, config: TransformerConfig) -> Any:

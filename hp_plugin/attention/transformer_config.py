@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from hp_plugin.attention.latent_limits import latent_refusals
 from hp_plugin.attention.quantized import quantized_refusals
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
@@ -78,6 +79,11 @@ class HeadDimTransformerConfig(TransformerConfig):
         return attention_shape(self, self.head_dim_parallel, self.micro_batch_size, self.seq_length, rotary)
 
 
+@dataclass
+class HeadDimMLATransformerConfig(MLATransformerConfig, HeadDimTransformerConfig):
+    """The same of a model with multi-latent attention, which runs on a grid where weights move."""
+
+
 def post_init_on_grid(
     config: TransformerConfig,
     head_dim: HeadDimConfig,
@@ -136,8 +142,7 @@ def unsupported(config: Any, head_dim: HeadDimConfig, shape: AttentionShape | No
         return []
     refusals = []
     if getattr(config, "multi_latent_attention", False):
-        said = "multi-latent attention (MLA) has no per-head slices: use --tensor-model-parallel-size alone"
-        refusals.append(Refusal("feature", said))
+        refusals += latent_refusals(config, head_dim, shape)
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None:
         said = f"experimental attention variant {shown(variant)} is not attention over heads the grid can slice"

@@ -17,6 +17,7 @@ FACTORIES = (
     *("rand_like", "randn_like", "randint_like"),
 )
 TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full")
+_YARN = "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding"
 _NEVER = "PyTorch has one device name for whatever the machine has"
 
 
@@ -91,6 +92,16 @@ def name_type(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
+def on_host(original: Callable[..., None]) -> Callable[..., None]:
+    """`YarnRotaryEmbedding.__init__`, which enters a device by its number, with initialization on the CPU."""
+
+    @wraps(original)
+    def init(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs | {"use_cpu_initialization": True})
+
+    return init
+
+
 def ignore(original: Callable[..., Any]) -> Callable[..., None]:
     """A call that only orders work on CUDA streams or devices, of which there are none."""
 
@@ -109,6 +120,14 @@ HOOKS = [
     Hook("torch.Tensor", "cuda", stay, _NEVER, TORCH),
     Hook("torch.Tensor", "pin_memory", stay, "it is a no-op where there is no device to copy to", TORCH),
     Hook("torch.Tensor", "record_stream", ignore, "it is a no-op on the CPU", TORCH),
+    Hook(
+        f"{_YARN}.YarnRotaryEmbedding",
+        "__init__",
+        on_host,
+        until="it makes its frequencies on the CPU where there is no GPU",
+        made_for=MEGATRON,
+        fragment=(f"{_YARN}.YarnRotaryEmbedding.__init__", "with torch.device(device):"),
+    ),
     Hook(
         "torch.Tensor",
         "type",

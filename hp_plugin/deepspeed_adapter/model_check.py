@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.attention import Attention
 from torch import nn
 
-from hp_plugin.attention.self_attention import HeadDimSelfAttention
+from hp_plugin.attention.on_grid import GridAttention
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.grid.groups import HeadDimGroups
@@ -27,9 +27,9 @@ def check_model(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups
         raise ValueError(f"head_dim_parallel m={head_dim.m}, n={head_dim.n}: {complaint}")
 
 
-def grid_layers(model: nn.Module) -> dict[str, HeadDimSelfAttention]:
+def grid_layers(model: nn.Module) -> dict[str, GridAttention]:
     """The attention layers on a grid, by their names in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, HeadDimSelfAttention)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, GridAttention)}
 
 
 def _complaints(model: nn.Module, head_dim: HeadDimConfig, groups: HeadDimGroups) -> Iterator[str]:

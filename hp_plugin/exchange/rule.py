@@ -190,6 +190,8 @@ class ExchangeRule:
     exact = True
     stock_core = True
     """Whether stock's inner attention serves it, with all it can do: biases, offsets, context parallelism."""
+    latent = False
+    """Whether multi-latent attention, whose heads have no slices, runs under it."""
     moves_weights = False
     """Whether weights move instead of activations."""
     caches = True

@@ -128,7 +128,7 @@ class Exchange:
     @classmethod
     def can_take(cls, spec: Any, config: TransformerConfig) -> bool:
         """Whether a pass of layers of this spec can run under it, where others are to choose from."""
-        return True
+        return cls.rule.latent or not getattr(config, "multi_latent_attention", False)
 
     @classmethod
     def whole_layers(
@@ -173,6 +173,10 @@ class Exchange:
     def to_heads(self, mixed: Tensor) -> Tensor | QKV:
         """From the column-parallel output, `[s, b, slots · d/n]`, to what this rank's attention works on."""
         raise NotImplementedError
+
+    def of_all_tokens(self, states: Tensor) -> Tensor:
+        """Keys or values of whole heads, `[s or its share, ..]`, of all tokens that this rank's queries may see."""
+        return states
 
     def to_slices(self, context: Tensor) -> Tensor:
         """From this rank's attention output to the row-parallel input, `[s, b, h/m · d/n]`."""

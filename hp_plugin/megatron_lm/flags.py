@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from hp_plugin.attention.latent_limits import LATENT_LINEARS
 from hp_plugin.attention.transformer_config import unsupported
 from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, TRUST_FLAG, record_head_dim
 from hp_plugin.config import WIDEST, HeadDimConfig
@@ -172,11 +173,7 @@ def _refusals(args: argparse.Namespace, view: argparse.Namespace, head_dim: Head
     for said in unfit(args, head_dim, head_dim.without_slices(args.num_attention_heads, view.num_query_groups)):
         yield Refusal("feature", said)
     if getattr(args, "multi_latent_attention", False) and args.transformer_impl != "local":
-        yield Refusal(
-            "feature",
-            "multi-latent attention (MLA) on a grid gathers the weights of Megatron-Core's own linears: give "
-            "--transformer-impl local",
-        )
+        yield Refusal("feature", LATENT_LINEARS)
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         yield Refusal(
             "installation",

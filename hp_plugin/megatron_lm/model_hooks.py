@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.attention.model_check import check_attention
+from hp_plugin.attention.on_grid import GridAttention
 from hp_plugin.attention.registration import initialize_on_grid
-from hp_plugin.attention.self_attention import HeadDimSelfAttention
 from hp_plugin.attention.specs import finish_model, head_dim_spec, sequence_parallel_norms
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig, post_init_on_grid
 from hp_plugin.config import HeadDimConfig
@@ -101,7 +101,7 @@ class ModelHooks:
     def _build_attention(self, original: Callable[..., None]) -> Callable[..., None]:
         @wraps(original)
         def __init__(attention: Attention, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-            if on_grid(config) and not isinstance(attention, HeadDimSelfAttention):
+            if on_grid(config) and not isinstance(attention, GridAttention):
                 raise ValueError(
                     f"--head-dim-parallel: this script builds {type(attention).__name__} outside the layer specs of a "
                     "GPT model, where the grid cannot be put into it: train this model with "

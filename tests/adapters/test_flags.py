@@ -54,6 +54,11 @@ STOCK: dict[str, Any] = dict(
     rotary_interleaved=False,
 )
 
+LATENT = {
+    **{"multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 512, "qk_head_dim": 128},
+    **{"qk_pos_emb_head_dim": 64, "v_head_dim": 128, "rope_type": "rope", "apply_rope_fusion": True},
+}
+
 
 def settled(command: str, **given: Any) -> argparse.Namespace:
     """Megatron-LM's arguments after the plugin has looked at them."""
@@ -105,6 +110,13 @@ def test_auto_takes_the_widest_head_axis(
     assert f"--head-dim-parallel auto: {expected}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["2,4", "2,4 --head-dim-exchange weights", "1,8", "4,1"])
+def test_multi_latent_attention_is_taken_where_weights_move_or_nothing_does(command: str) -> None:
+    # 12 heads, which 8 ranks do not divide.
+    args = settled(f"--head-dim-parallel {command}", **LATENT)
+    assert args.head_dim_parallel == command.split()[0]
+
+
 @pytest.mark.parametrize(
     ("command", "given", "said"),
     [
@@ -152,7 +164,14 @@ def test_auto_takes_the_widest_head_axis(
             {"expert_tensor_parallel_num_weight_shards": 2, "expert_tensor_parallel_size": 1},
             ["--expert-tensor-parallel-num-weight-shards 2", "1 ranks"],
         ),
-        ("--head-dim-parallel 4,1", {"multi_latent_attention": True}, ["latent", "--tensor-model-parallel-size alone"]),
+        (
+            "--head-dim-parallel 2,2 --head-dim-exchange sequence",
+            {"multi_latent_attention": True},
+            ["latent", "`sequence`", "--head-dim-exchange weights, or --tensor-model-parallel-size alone"],
+        ),
+        ("--head-dim-parallel 2,4", LATENT | {"kv_lora_rank": 500}, ["564 channels of latents", "8 ranks"]),
+        ("--head-dim-parallel 2,4", LATENT | {"rope_type": None}, ["--no-rope-fusion"]),
+        ("--head-dim-parallel 4,1", LATENT | {"context_parallel_size": 2}, ["latent", "context parallelism"]),
         (
             "--head-dim-parallel 2,2",
             {"multi_latent_attention": True, "transformer_impl": "transformer_engine"},

@@ -32,7 +32,9 @@ class Choice:
         self.embedding_shared = self.output_shared = False
         head_dim: HeadDimConfig = config.head_dim_parallel
         self._head_dim = head_dim
-        self._names = candidates(head_dim.exchange, head_dim.n)
+        latent = getattr(config, "multi_latent_attention", False)
+        names = candidates(head_dim.exchange, head_dim.n)
+        self._names = tuple(name for name in names if RULES[name].latent or not latent)
         self._made: dict[Any, bool] = {}
 
     @property

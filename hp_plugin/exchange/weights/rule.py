@@ -32,7 +32,7 @@ class WeightsRule(ExchangeRule):
 
     name = "weights"
     moves = "all-gather of weights, reduce-scatter of their gradients; tokens at the ends of a block of layers"
-    moves_weights = True
+    moves_weights = latent = True
     head_axis = True
 
     def cannot(self, config: Any) -> tuple[str, ...]:

@@ -94,6 +94,10 @@ class TokensExchange(SequenceExchange):
         query, gate = own[:, :, :, : layout.queries], own[:, :, :, layout.queries :]
         return QKV(query.flatten(2, 3), gate.flatten(2, 3) if layout.gate else None, key, value)
 
+    def of_all_tokens(self, states: Tensor) -> Tensor:
+        """[s/n, ..] -> [s, ..]."""
+        return gather_tokens(states, self.groups.dim)
+
     def to_slices(self, context: Tensor) -> Tensor:
         """Whole heads of s/n tokens as they are."""
         return context
