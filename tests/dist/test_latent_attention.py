@@ -11,7 +11,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
@@ -70,8 +69,6 @@ def layer_spec(config: Any, case: Case, vp_stage: int | None) -> Any:
         attention = layer.submodules.self_attention.submodules
         if case.grid is None:
             attention.core_attention = PlainCore
-        if config.q_lora_rank is None:
-            attention.q_layernorm = IdentityOp  # newer releases refuse one that nothing uses
     return spec if case.grid is None else head_dim_spec(spec, config, vp_stage)
 
 
@@ -110,6 +107,8 @@ ODD = {
     **{"hidden_size": 36, "ffn_hidden_size": 54, "q_lora_rank": 30, "kv_lora_rank": 18, "qk_pos_emb_head_dim": 6},
     **{"v_head_dim": 15},
 }
+# With norms newer releases need Transformer Engine for it.
+NO_QUERY_LATENTS = {"q_lora_rank": None, "qk_layernorm": False}
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "rotary_scaling_factor": 4.0, "mscale_all_dim": 1.0}
 # A dense layer and mixtures with an expert that all tokens share, as in DeepSeek's models.
 MIXED = {
@@ -127,10 +126,8 @@ CASES = {
     "2x2 SP, yarn": on(2, 2, model=SP | YARN),
     "2x2 by tokens, yarn": on(2, 2, 1, model=YARN),
     "1x4 by tokens, SP": on(1, 4, 2, model=SP),
-    "2x2 by tokens, SP, recompute layers, queries without latents": on(2, 2, 1, model=SP | FULL | {"q_lora_rank": None}),
-    "2x2 auto, queries without latents, no norms": on(
-        2, 2, 1, "auto", model={"q_lora_rank": None, "qk_layernorm": False}
-    ),
+    "2x2 by tokens, SP, recompute layers, queries without latents": on(2, 2, 1, model=SP | FULL | NO_QUERY_LATENTS),
+    "2x2 auto by tokens, queries without latents": on(2, 2, 1, "auto", model=NO_QUERY_LATENTS),
     "2x2 recompute up-projections": on(
         2, 2, 2, model={"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
     ),
