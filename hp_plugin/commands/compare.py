@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--suite", choices=SUITES, help="a documented set of models and layouts")
     parser.add_argument("--layouts", nargs="+", help='"tp=8,pp=2" "grid=4x4,exchange=scores" …; the first is the base')
     parser.add_argument("--mode", choices=MODES, help="train (default), forward, both (default of a suite), or decode")
-    parser.add_argument("--context", type=int, default=2048, help="tokens that --mode decode finds cached")
+    parser.add_argument(
+        "--context", type=int, nargs="+", help="tokens that --mode decode finds cached (default: 2048, or the suite's)"
+    )
     parser.add_argument("--ranks", type=int, help="processes to start (default: what the largest layout takes)")
     parser.add_argument("--global-batch", type=int, help="sequences per step, in place of the model's")
     parser.add_argument(

@@ -15,7 +15,7 @@ import torch
 from hp_plugin.compare.entries.catalogue import MODELS, CatalogueModel, catalogue_model
 from hp_plugin.compare.entries.decoding import check_decodes
 from hp_plugin.compare.entries.entrant import Entrant, NotPossibleError, enter, smallest_world
-from hp_plugin.compare.entries.suites import DECODE, MODES, SUITES, Comparison
+from hp_plugin.compare.entries.suites import CONTEXT, DECODE, DECODE_SUITES, MODES, SUITES, Comparison, decode_mode
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.report.figure import draw
 from hp_plugin.compare.report.page import check_page, load_reports, put_into
@@ -32,9 +32,10 @@ def compare(args: argparse.Namespace) -> int:
         ValueError: an option, model or layout that cannot run.
     """
     for name in ("ranks", "steps", "rounds", "global_batch", "context"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
     if find_spec("matplotlib") is None:
         raise ValueError("compare draws with matplotlib, which is not installed: pip install 'hp-plugin[plot]'")
     if args.into is not None:
@@ -59,10 +60,19 @@ def _comparisons(args: argparse.Namespace) -> tuple[Comparison, ...]:
     if args.suite is None:
         if not args.layouts:
             raise ValueError('--model needs --layouts, for example --layouts "tp=8,pp=2" "grid=4x4"')
-        return (Comparison(args.model, tuple(args.layouts), MODES[args.mode or "train"]),)
+        contexts = tuple(dict.fromkeys(args.context or [CONTEXT]))
+        return (Comparison(args.model, tuple(args.layouts), MODES[args.mode or "train"], contexts),)
     if args.layouts:
         raise ValueError(f"--suite {args.suite} has its own layouts: give --model with --layouts")
-    return tuple(replace(one, modes=MODES[args.mode] if args.mode else one.modes) for one in SUITES[args.suite])
+    changes: dict[str, Any] = {}
+    if args.mode is not None:
+        changes["modes"] = MODES[args.mode]
+    if args.context is not None:
+        changes["contexts"] = tuple(dict.fromkeys(args.context))
+    suites = DECODE_SUITES if args.mode == DECODE else SUITES
+    if args.suite not in suites:
+        raise ValueError(f"--suite {args.suite} has no layouts that decode: {', '.join(suites)} have")
+    return tuple(replace(one, **changes) for one in suites[args.suite])
 
 
 def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
@@ -76,14 +86,16 @@ def _job(comparison: Comparison, args: argparse.Namespace) -> tuple[Job, int]:
         raise ValueError("--layouts: one is given twice")
     ranks = args.ranks or smallest_world(texts)
     entrants, impossible = _enter(model, texts, ranks)
-    if DECODE in comparison.modes:
+    modes = comparison.modes
+    if DECODE in modes:
         if args.predict or args.trace:
             raise ValueError("--mode decode has neither --predict nor --trace: leave them out")
         for entrant in entrants:
-            check_decodes(entrant, args.context, ranks)
+            check_decodes(entrant, max(comparison.contexts), ranks)
+        modes = tuple(map(decode_mode, comparison.contexts))
     name = comparison.model if comparison.model in MODELS else Path(comparison.model).stem
-    job = Job(name, model.scale, tuple(entrants), impossible, comparison.modes, args.steps, args.rounds)
-    return replace(job, out=args.out / name, trace=args.trace, predict=args.predict, context=args.context), ranks
+    job = Job(name, model.scale, tuple(entrants), impossible, modes, args.steps, args.rounds)
+    return replace(job, out=args.out / name, trace=args.trace, predict=args.predict), ranks
 
 
 def _enter(model: CatalogueModel, texts: list[str], ranks: int) -> tuple[list[Entrant], dict[str, str]]:

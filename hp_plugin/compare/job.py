@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hp_plugin.compare.entries.entrant import Entrant
-from hp_plugin.compare.entries.suites import DECODE
+from hp_plugin.compare.entries.suites import context_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Job:
     Args:
         entrants: the layouts, the first one being the baseline.
         impossible: layouts that stock Megatron-Core refuses, and its words.
-        modes: `forward`, `train`, both, or `decode`. context: tokens that decode steps find cached.
+        modes: `forward`, `train`, both, or `decode-N` for every context of N tokens.
         steps: timed steps of a layout per round and mode. rounds: rounds over all layouts.
         out: directory of the report. trace: whether to write a profiler trace of every layout.
         predict: whether to measure the machine, too, and to put the planner's predictions beside every layout.
@@ -32,17 +32,16 @@ class Job:
     out: Path = Path("compare")
     trace: bool = False
     predict: bool = False
-    context: int = 0
 
     @property
     def training_modes(self) -> tuple[str, ...]:
         """Those that run on the trainer's batches."""
-        return tuple(mode for mode in self.modes if mode != DECODE)
+        return tuple(mode for mode in self.modes if context_of(mode) is None)
 
     @property
-    def decodes(self) -> bool:
-        """Whether decode steps are timed."""
-        return DECODE in self.modes
+    def contexts(self) -> dict[str, int]:
+        """Tokens that decode steps find cached, by mode; empty where none are timed."""
+        return {mode: context for mode in self.modes if (context := context_of(mode)) is not None}
 
     @property
     def machine_path(self) -> Path:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from hp_plugin.compare.entries.suites import DECODE
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.ranks.gate import (
     measure_decode_loss,
@@ -47,8 +46,8 @@ def run_rank(job: Job) -> None:
                 _say(f"round {number + 1} of {job.rounds}: {entrant.name}")
                 for mode, samples in timed(entrant, job.training_modes, job.steps).items():
                     results.samples[mode][entrant.name] += samples
-                if job.decodes:
-                    results.samples[DECODE][entrant.name] += timed_decoding(entrant, job.context, job.steps)
+                for mode, context in job.contexts.items():
+                    results.samples[mode][entrant.name] += timed_decoding(entrant, context, job.steps)
             if dist.get_rank() == 0:
                 write_report(results, complete=number + 1 == job.rounds and not job.trace)
         if job.trace:
@@ -70,7 +69,7 @@ def pass_gate(job: Job, results: Results) -> None:
     for entrant in job.entrants:
         _say(f"loss of {entrant.name}")
         found = measure_losses(entrant, training) if job.training_modes else []
-        results.losses[entrant.name] = [*found, *([measure_decode_loss(entrant)] if job.decodes else [])]
+        results.losses[entrant.name] = [*found, *([measure_decode_loss(entrant)] if job.contexts else [])]
     for entrant in job.entrants:
         found, limit = results.losses[entrant.name], tolerance(entrant.config)
         if entrant.exact:

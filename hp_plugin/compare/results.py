@@ -14,7 +14,7 @@ import torch
 
 from hp_plugin import __version__
 from hp_plugin.compare.entries.entrant import Entrant
-from hp_plugin.compare.entries.suites import DECODE
+from hp_plugin.compare.entries.suites import context_of
 from hp_plugin.compare.ranks.together import cpu_cores
 from hp_plugin.compare.report.closed_form import closed_form_bytes
 from hp_plugin.compare.report.markdown import markdown_report
@@ -70,9 +70,9 @@ class Results:
     def _summary(self, entrant: Entrant, mode: str) -> dict[str, Any]:
         config, samples = entrant.config, self.samples[mode][entrant.name]
         assert config.global_batch_size is not None
-        decode = mode == DECODE
+        context = context_of(mode)
         # A decode step is one position of every sequence.
-        positions = 1 if decode else config.seq_length
+        positions = config.seq_length if context is None else 1
         tokens, per_position = config.global_batch_size * positions, 1e3 / positions
         keys = sorted({key for sample in samples for key in sample["comm_s"]})
         return {
@@ -88,10 +88,10 @@ class Results:
             },
             "pipeline_wait_share": spread(samples, lambda sample: sample["pipeline_wait_s"] / sample["step_s"]),
             "sent_bytes_per_token": {key: size / tokens for key, size in samples[-1]["sent_bytes"].items()},
-            "closed_form_bytes_per_token": {}
-            if decode
-            else {"/".join(key): size / tokens for key, size in sorted(closed_form_bytes(entrant, mode).items())},
-            "context": self.job.context if decode else None,
+            "closed_form_bytes_per_token": {
+                "/".join(key): size / tokens for key, size in sorted(closed_form_bytes(entrant, mode).items())
+            },
+            "context": context,
             "cache_bytes": samples[-1].get("cache_bytes"),
             "predicted": None if self.hardware is None else predicted_rates(entrant, mode, self.hardware),
             "peak_bytes": max((s["peak_bytes"] for s in samples if s["peak_bytes"] is not None), default=None),

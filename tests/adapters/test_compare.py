@@ -20,7 +20,9 @@ from torch import Tensor
 
 from hp_plugin.commands.main import main
 from hp_plugin.compare.entries.catalogue import catalogue_model
-from hp_plugin.compare.entries.entrant import enter
+from hp_plugin.compare.entries.decoding import check_decodes
+from hp_plugin.compare.entries.entrant import NotPossibleError, enter, smallest_world
+from hp_plugin.compare.entries.suites import DECODE_SUITES
 from hp_plugin.compare.job import Job
 from hp_plugin.compare.rank import pass_gate
 from hp_plugin.compare.ranks.gate import LossMismatchError, require_equal_losses
@@ -80,12 +82,13 @@ def test_a_layout_with_another_loss_is_not_timed() -> None:
         (["--layouts", "grid=2x2,exchange=local", "--mode", "decode"], "compares exact layouts"),
         (["--layouts", "grid=2x2,exchange=scores", "--mode", "decode"], "has no key/value cache"),
         (["--layouts", "tp=2", "--mode", "decode", "--context", "0"], "--context must be positive, got 0"),
+        (["--suite", "auto", "--mode", "decode"], "--suite auto has no layouts that decode: paper-dense,"),
     ],
 )
 def test_bad_input_is_refused_before_ranks_start(
     options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = [] if "--model" in options else ["--model", "tiny-gqa"]
+    model = [] if {"--model", "--suite"} & {*options} else ["--model", "tiny-gqa"]
     assert main(["compare", *model, "--out", str(tmp_path / "out"), *options]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -170,8 +173,10 @@ def test_stock_and_grid_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def test_decode_steps_behind_cached_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     layouts = ["tp=4", "grid=2x2", "grid=2x2,exchange=sequence"]
-    report = run(tmp_path, *QUICK, "--mode", "decode", "--context", "40", "--layouts", *layouts)
-    (found,) = report["modes"].values()
+    report = run(tmp_path, *QUICK, "--mode", "decode", "--context", "24", "40", "--layouts", *layouts)
+    assert list(report["modes"]) == ["decode-24", "decode-40"]
+    short, found = report["modes"].values()
+    assert [one["context"] for one in short.values()] == [24] * 3
     stock, by_sequences, by_tokens = found.values()
     # Two layers, 8 sequences of 40 + 8 tokens, keys and values of 2 heads of 8 in fp32; stock holds each head twice.
     whole = 2 * 8 * 48 * 2 * 2 * 8 * 4
@@ -181,12 +186,28 @@ def test_decode_steps_behind_cached_prompts(tmp_path: Path, capfd: pytest.Captur
     for one in found.values():
         assert one["context"] == 40 and one["tpot_ms"]["median"] < 1e3 * one["step_s"]["median"]
         assert one["tokens_per_s"]["median"] == pytest.approx(8 / one["step_s"]["median"])
+        assert one["sent_bytes_per_token"] == pytest.approx(one["closed_form_bytes_per_token"])
     # What the rules say of one token, beside stock's all-reduces.
     shape = AttentionShape(s=1, b=8, h=8, g=2, d=8, m=2, n=2, cache=48)
     for one, name in ((by_sequences, "batch"), (by_tokens, "sequence")):
         sent = sum(size for key, size in one["sent_bytes_per_token"].items() if key.startswith("dim/"))
         assert sent == pytest.approx(2 * RULES[name].bytes(shape, 4) / 8)
     assert "ms per token" in capfd.readouterr().out
+    pages = list(tmp_path.glob("*/report.md"))
+    assert [page.read_text(encoding="utf-8").count("tokens cached") for page in pages] == [2]
+
+
+@pytest.mark.filterwarnings("ignore:When using expert parallelism and tensor parallelism for training:UserWarning")
+@pytest.mark.parametrize("suite", DECODE_SUITES)
+def test_layouts_of_every_suite_can_decode(suite: str) -> None:
+    for one in DECODE_SUITES[suite]:
+        model, ranks = catalogue_model(one.model), smallest_world(list(one.layouts))
+        for layout in one.layouts:
+            try:
+                entrant = enter(model, layout, ranks)
+            except NotPossibleError:
+                continue
+            check_decodes(entrant, max(one.contexts), ranks)
 
 
 def test_experts_of_both_backends_and_what_stock_cannot_do(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ from megatron.core import parallel_state
 from hp_plugin.compare.entries.catalogue import CatalogueModel
 from hp_plugin.compare.entries.planned import group_sizes, share_of
 from hp_plugin.compare.entries.entrant import enter
+from hp_plugin.compare.entries.suites import decode_mode
+from hp_plugin.compare.ranks.decode import decoding
 from hp_plugin.compare.ranks.running import built
 from hp_plugin.compare.ranks.timing import run_step
-from hp_plugin.compare.ranks.traffic import counted
+from hp_plugin.compare.ranks.traffic import Traffic, counted
+from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.step import step_collectives
 from tests.ranks import Ranks
 
@@ -77,13 +80,56 @@ def record(model: CatalogueModel, text: str, mode: str) -> tuple[Calls, Calls]:
         with counted() as traffic:
             run_step(trainer, mode)
         stage = parallel_state.get_pipeline_model_parallel_rank()
-    called = Counter((call.axis, call.kind, round(call.sent, 1)) for call in traffic.calls if call.sent)
+    return of_calls(traffic), foreseen(share, sizes, stage)
+
+
+def record_decoding(model: CatalogueModel, text: str, context: int) -> tuple[Calls, Calls]:
+    """The same of one token of every sequence behind cached prompts."""
+    import torch.distributed as dist
+
+    entrant = enter(model, text, dist.get_world_size())
+    with decoding(entrant, context) as decoder:
+        decoder.step(0)
+        with counted() as traffic:
+            decoder.step(1)
+    return of_calls(traffic), foreseen(share_of(entrant, decode_mode(context)), group_sizes(entrant), 0)
+
+
+def of_calls(traffic: Traffic) -> Calls:
+    return Counter((call.axis, call.kind, round(call.sent, 1)) for call in traffic.calls if call.sent)
+
+
+def foreseen(share: Share, sizes: dict[str, int], stage: int) -> Calls:
+    """What the planner's program of a rank of this stage calls."""
     predicted: Calls = Counter()
     for collective, count in step_collectives(share)[stage].items():
         sent = round(collective.received(sizes[collective.axis]), 1)
         if sent:
             predicted[collective.axis, collective.kind, sent] += count
-    return called, predicted
+    return predicted
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("learned positions", "tp=4"),
+        ("learned positions", "tp=2"),
+        ("learned positions", "grid=2x2,exchange=batch"),
+        ("learned positions", "grid=2x2,exchange=sequence"),
+        ("learned positions", "grid=2x2"),
+        ("learned positions", "grid=4x1"),
+        ("rotary", "grid=1x4,exchange=batch"),
+        ("rotary", "grid=1x4,exchange=sequence"),
+        ("rotary", "grid=1x2,exchange=sequence"),
+        ("QK-norm", "grid=2x2,exchange=batch"),
+        ("QK-norm", "grid=2x2,exchange=sequence"),
+        ("one key/value head", "tp=4"),
+        ("one key/value head", "grid=1x4,exchange=sequence"),
+    ],
+)
+def test_a_decode_step_has_the_predicted_collectives(ranks: Ranks, model: str, layout: str) -> None:
+    for called, predicted in ranks.run(4, record_decoding, MODELS[model], layout, 24):
+        assert called == predicted
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,10 @@ def enter(model: CatalogueModel, text: str, world: int) -> Entrant:
     layout = Layout.parse(text, world)
     if "mbs" not in text and "micro_batch" not in text:
         layout = replace(layout, micro_batch=min(model.micro_batch, max(1, model.batch // layout.dp)))
-    if layout.tp_overlap or not layout.fused or layout.zero == "full":
-        raise ValueError(f"layout {text!r}: compare runs no tp_overlap, fused=off or zero=full; `hp-plugin plan` does")
+    if layout.tp_overlap or layout.kv_pieces > 1 or not layout.fused or layout.zero == "full":
+        raise ValueError(
+            f"layout {text!r}: compare runs no tp_overlap, kv_pieces, fused=off or zero=full; `hp-plugin plan` does"
+        )
     prepare_device()
     config = TrainingConfig.from_options(_options(model, layout))
     try:

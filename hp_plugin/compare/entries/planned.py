@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hp_plugin.compare.entries.decoding import sequences_of_rank
 from hp_plugin.compare.entries.entrant import Entrant
+from hp_plugin.compare.entries.suites import DECODE, context_of
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload
@@ -45,6 +47,11 @@ def share_of(entrant: Entrant, mode: str) -> Share:
     config = entrant.config
     assert config.global_batch_size is not None
     itemsize = 2 if config.fp16 or config.bf16 else 4
+    context = context_of(mode)
+    if context is not None:
+        workload = Workload(DECODE, context + 1, config.global_batch_size, itemsize)
+        at_once = replace(entrant.layout, micro_batch=sequences_of_rank(config, entrant.layout.world))
+        return Share(model_shape(config), at_once, workload)
     workload = Workload(mode, config.seq_length, config.global_batch_size, itemsize, 2 if config.fp16 else 4)
     share = Share(model_shape(config), entrant.layout, workload)
     grid = entrant.layout.grid

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DECODE = "decode"
 MODES = {"forward": ("forward",), "train": ("train",), "both": ("forward", "train"), DECODE: (DECODE,)}
 """What is timed, by the word of `--mode`."""
+CONTEXT = 2048
+"""Tokens that decode steps find cached where nothing else is said."""
+
+
+def decode_mode(context: int) -> str:
+    """The mode, in reports, of decode steps that find so many tokens cached."""
+    return f"{DECODE}-{context}"
+
+
+def context_of(mode: str) -> int | None:
+    """Its inverse; None for forward passes and training."""
+    return int(mode.removeprefix(f"{DECODE}-")) if mode.startswith(DECODE) else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Layouts of one model, the first one being the baseline."""
+    """Layouts of one model, the first one being the baseline.
+
+    Args:
+        contexts: tokens that decode steps find cached, one set of steps after the other.
+    """
 
     model: str
     layouts: tuple[str, ...]
     modes: tuple[str, ...] = ("forward", "train")
+    contexts: tuple[int, ...] = (CONTEXT,)
 
 
 _BOTH_MOTIONS = (
@@ -43,6 +60,17 @@ _KV_HEADS = (
 )
 
 # Prompts are cached, tokens are counted one at a time: no pipeline, since each would wait for the one before.
+_SHORT_AND_LONG = (256, CONTEXT)
+_PAPER_DECODE = Comparison(
+    "paper-dense", ("tp=16", "grid=8x2", "grid=4x4", "grid=4x4,exchange=sequence"), (DECODE,), _SHORT_AND_LONG
+)
+_PAPER_MOE_DECODE = Comparison(
+    "paper-moe",
+    tuple(f"{layout},ep=8,moe=deepspeed" for layout in ("tp=16", "grid=8x2", "grid=4x4")),
+    (DECODE,),
+    _SHORT_AND_LONG,
+)
+_KV_HEADS_DECODE = tuple(replace(one, modes=(DECODE,), contexts=_SHORT_AND_LONG) for one in _KV_HEADS)
 _DECODE = (
     Comparison("paper-dense", ("tp=16", "grid=8x2", "grid=4x4"), (DECODE,)),
     Comparison("qwen2.5-like", ("tp=8", "grid=2x4", "grid=2x4,exchange=sequence"), (DECODE,)),
@@ -65,3 +93,11 @@ SUITES: dict[str, tuple[Comparison, ...]] = {
     "auto": _AUTO,
     "all": (_PAPER, _PAPER_MOE, *_KV_HEADS),
 }
+DECODE_SUITES: dict[str, tuple[Comparison, ...]] = {
+    "paper-dense": (_PAPER_DECODE,),
+    "paper-moe": (_PAPER_MOE_DECODE,),
+    "kv-heads": _KV_HEADS_DECODE,
+    "decode": _DECODE,
+    "all": (_PAPER_DECODE, _PAPER_MOE_DECODE, *_KV_HEADS_DECODE),
+}
+"""The same sets' layouts that decode."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hp_plugin.compare.entries.entrant import FUNCTION_MARK
-from hp_plugin.compare.entries.suites import DECODE
+from hp_plugin.compare.entries.suites import context_of
 from hp_plugin.compare.report.planner_columns import HEAD as PREDICTED_HEAD
 from hp_plugin.compare.report.planner_columns import has_predictions, prediction_rows, winners
 
@@ -32,6 +32,7 @@ DECODE_HEAD = (
     "ms per token",
     "cache MiB",
     "sent B/token",
+    "closed form",
     "peak MiB",
 )
 """TPOT is the part in collectives; the whole time of a step, which serving calls so, stands beside it."""
@@ -39,7 +40,7 @@ DECODE_HEAD = (
 
 def head(mode: str) -> tuple[str, ...]:
     """The columns of a mode's table."""
-    return DECODE_HEAD if mode == DECODE else HEAD
+    return HEAD if context_of(mode) is None else DECODE_HEAD
 
 
 def markdown_report(report: dict[str, Any]) -> str:
@@ -49,12 +50,12 @@ def markdown_report(report: dict[str, Any]) -> str:
     for mode, layouts in report["modes"].items():
         if not layouts:
             continue
-        behind = next(iter(layouts.values())).get("context")
-        title = mode if behind is None else f"{mode}, {behind} tokens cached"
-        lines += [f"## {title}", "", f"| {' | '.join(head(mode))} |", "|---" * len(HEAD) + "|"]
+        behind, columns = context_of(mode), head(mode)
+        title = mode if behind is None else f"decode, {behind} tokens cached"
+        lines += [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(cells)} |" for cells in rows(layouts)]
         refused = report["not_possible"]
-        lines += [f"| {name} | stock: not possible |{' |' * (len(HEAD) - 2)}" for name in refused]
+        lines += [f"| {name} | stock: not possible |{' |' * (len(columns) - 2)}" for name in refused]
         lines += ["", *(f"{name}: {words}" for name, words in refused.items())]
         lines += [f"{FUNCTION_MARK}: another function than the model's attention"] if _marked(layouts) else []
         lines.append("")
@@ -90,11 +91,12 @@ def rows(layouts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         rate, tpot = one["tokens_per_s"], one["tpot_ms"]["median"]
         formula, peak = sum(one["closed_form_bytes_per_token"].values()), one["peak_bytes"]
         waited = base["tpot_ms"]["median"]
-        sent = f"{sum(one['sent_bytes_per_token'].values()):,.0f}"
+        sent = (f"{sum(one['sent_bytes_per_token'].values()):,.0f}", f"{formula:,.0f}")
+        others: tuple[str, ...]
         if one.get("cache_bytes") is None:
-            others = (sent, f"{formula:,.0f}", f"{one['pipeline_wait_share']['median']:.0%}")
+            others = (*sent, f"{one['pipeline_wait_share']['median']:.0%}")
         else:
-            others = (f"{1e3 * one['step_s']['median']:,.2f}", f"{one['cache_bytes'] / 2**20:,.1f}", sent)
+            others = (f"{1e3 * one['step_s']['median']:,.2f}", f"{one['cache_bytes'] / 2**20:,.1f}", *sent)
         yield (
             name if one["exact"] else f"{name} {FUNCTION_MARK}",
             f"{rate['median']:,.0f} ({rate['min']:,.0f}-{rate['max']:,.0f})",
