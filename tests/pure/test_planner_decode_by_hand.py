@@ -14,7 +14,7 @@ from hp_plugin.planner.counts.exchange import exchanged
 from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.layer import attention_forward, layer_passes
 from hp_plugin.planner.counts.memory import memory_needed
-from hp_plugin.planner.counts.program import received
+from hp_plugin.planner.counts.program import Program, received
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.counts.stages import stage_parameters
 from hp_plugin.planner.inputs.layout import Layout
@@ -23,6 +23,7 @@ from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.reports.long_context import BATCHES, SIDES, case, case_lines, sequences_that_fit, side
 from hp_plugin.planner.search.candidates import Search, candidate_layouts
+from hp_plugin.planner.seconds.pricing import Cost, Pricer, group_placements
 from tests.programs import listed
 
 MODEL = ModelShape("tiny", 2, 8, 4, 2, 4, 24)
@@ -98,6 +99,29 @@ def test_outputs_of_parts_of_a_cache_are_joined(layout: str) -> None:
     assert listed(found.after) == [("order partial outputs", 2 * both), ("all_to_all", "dim", both), join]
 
 
+@pytest.mark.parametrize("layout", JOINED)
+def test_trades_beside_attention_in_pieces_are_hidden_but_for_one(layout: str) -> None:
+    whole, pieces = share(layout), share(f"{layout},kv_pieces=2")
+    assert not shape_refusals(pieces)
+    one, other = exchanged(whole), exchanged(pieces)
+    assert listed(one.before) == listed(other.before)
+    # The same bytes are read, copied and sent in two halves, and joined at once.
+    reads, copies, trade, join = *listed(one.core), *listed(one.after)
+    halves = [(name, *rest, size / 2) for name, *rest, size in (reads, copies, trade)]
+    assert sorted(listed(other.core)) == sorted(halves * 2)
+    assert listed(other.after) == [join]
+    exposed, hidden = priced(one.core + one.after), priced(other.core)
+    assert not exposed.hidden_by.get("dim") and hidden.hidden_by["dim"] > 0
+    sent = hidden.exposed_by["dim"] + hidden.hidden_by["dim"]
+    # Two collectives' latencies, of which the last one's has nothing beside it.
+    assert sent > exposed.exposed_by["dim"] and hidden.exposed_by["dim"] >= sent / 2
+
+
+def priced(program: Program) -> Cost:
+    layout = Layout.parse("tp=4,kvp=2,mbs=2")
+    return Pricer(H100, group_placements(layout, H100), 2).cost(program)
+
+
 @pytest.mark.parametrize("exchange", [name for name, rule in RULES.items() if rule.exact])
 @pytest.mark.parametrize(("m", "n", "b"), [(2, 2, 6), (3, 4, 4), (1, 5, 3), (6, 2, 1)])
 def test_a_token_moves_what_the_rules_say(exchange: str, m: int, n: int, b: int) -> None:
@@ -171,6 +195,8 @@ def test_attention_data_parallelism_by_hand() -> None:
             "grid=1x2,exchange=scores",
             "exchange `scores` has no key/value cache; decode needs batch or sequence or weights",
         ),
+        ("grid=1x2,exchange=batch,kv_pieces=2", "ranks must join what parts of a cache gave"),
+        ("tp=4,kvp=2,kv_pieces=2,mbs=1", "kv_pieces=2 cuts the 1 sequences of a micro-batch"),
     ],
 )
 def test_layouts_that_cannot_cache_say_why(layout: str, said: str) -> None:
@@ -195,6 +221,8 @@ def test_searches_have_a_servers_layouts_when_asked() -> None:
     plain = set(candidate_layouts(MODEL, 4, workload, Search(("batch",))))
     served = set(candidate_layouts(MODEL, 4, workload, Search(("batch",), served=True)))
     assert plain < served and {layout.shared for layout in served - plain} == {2, 4}
+    assert {layout.kv_pieces for layout in served if layout.kvp > 1} == {1, 2, 4}
+    assert all(layout.kv_pieces == 1 for layout in served if layout.kvp == 1)
     trained = Workload("train", 64, 4)
     assert not any(layout.shared > 1 for layout in candidate_layouts(MODEL, 4, trained, Search(served=True)))
 
@@ -220,7 +248,7 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
 
 def test_the_table_has_the_best_of_each_side() -> None:
     found = case("llama3-8b", "h100-ib", 131_072, gpus=16, batches=(16, 32))
-    head, columns, most, least, *rates = case_lines(found)
+    head, columns, most, least, trade, pieces, *rates = case_lines(found)
     assert head == "llama3-8b, h100-ib, context 131,072: a sequence's keys and values are 17.2 GB"
     assert columns.split() == ["ms", *SIDES, "/Megatron", "/both"]
     assert {side(one.layout) for one in found.found} == set(SIDES)
@@ -235,4 +263,9 @@ def test_the_table_has_the_best_of_each_side() -> None:
                 assert f"{best.tokens_per_s / 16:,.1f} ({best.workload.global_batch}: " in row
     quickest = min(found.found, key=lambda one: one.step)
     assert f"{quickest.step * 1e3:.1f} ms" in least
+    grid = found.quickest("grid")
+    assert grid is not None and not any(grid.hidden.values())
+    assert trade.rstrip().endswith(f"{grid.waiting['dim'] * 1e3:.2f} + 0.00 ms")
+    if found.overlapping is not None:
+        assert f"{found.overlapping.step * 1e3:.1f} ms" in pieces and found.overlapping.layout.kv_pieces > 1
     assert all(f"{found.largest[name][0]:,} " in most for name in SIDES)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hp_plugin.planner.counts.core_attention import core_backward, core_forward
 from hp_plugin.planner.counts.gathering import gathered_keys_values
 from hp_plugin.planner.counts.linear import gathered_columns
-from hp_plugin.planner.counts.program import Block, Collective, Gemm, Kernel, Program, Stream
+from hp_plugin.planner.counts.program import (
+    Block,
+    Collective,
+    Gemm,
+    Kernel,
+    Program,
+    Stream,
+    collectives,
+    kernels,
+)
 from hp_plugin.planner.counts.share import Share
 
 
@@ -34,7 +43,11 @@ def exchanged(share: Share) -> Exchanged:
     norms, halves = _slice_norms(share), _rotary_halves(share)
     trade = _trade("qkv", float(rule.traded_in(shape) * share.e))
     before, before_gradient = (*norms, *halves, *trade), (*trade, *halves, *norms)
-    after = (*_joined(share), *_trade("context", float(rule.traded_out(shape) * share.e)))
+    trade_parts, join_parts = _joined(share)
+    core, core_gradient = _core(share)
+    if share.layout.kv_pieces > 1:
+        core, trade_parts = _in_pieces(share.layout.kv_pieces, (*core, *trade_parts)), ()
+    after = (*trade_parts, *join_parts, *_trade("context", float(rule.traded_out(shape) * share.e)))
     if share.gathers_qkv:
         gathered = share.qkv_bytes * share.P
         before = gathered_columns("qkv", gathered)
@@ -48,7 +61,6 @@ def exchanged(share: Share) -> Exchanged:
         after = (*_trade("context of parts", share.context_bytes, "cp_heads"), *after)
     keys_values, their_gradient = gathered_keys_values(share)
     before, before_gradient = (*before, *keys_values), (*their_gradient, *before_gradient)
-    core, core_gradient = _core(share)
     return Exchanged(before, core, after, core_gradient, before_gradient)
 
 
@@ -79,18 +91,25 @@ def _core(share: Share) -> tuple[Program, Program]:
     return (Block(core),), (Block(gradient),)
 
 
-def _joined(share: Share) -> Program:
-    """Outputs of every rank's part of the cache, traded for all ranks' parts of a slice and joined by log-sum-exp."""
+def _joined(share: Share) -> tuple[Program, Program]:
+    """Outputs of every rank's part of the cache, traded for all ranks' parts of a slice; and joined by log-sum-exp."""
     shape, rule = share.attention_shape, share.rule
     size = float(rule.joined(shape) * share.e)
     if not size:
-        return ()
+        return (), ()
     # An all-to-all's input, of which (n-1)/n are received.
     sums = 4.0 * rule.join_sums(shape) * shape.n / (shape.n - 1)
     traded = Collective("trade partial outputs", "all_to_all", "dim", size + sums)
     copies = Stream("order partial outputs", 2 * (size + sums))
     join = Stream("join outputs", size + sums + size / shape.n)
-    return (Block((copies,), (traded,)), Block((join,)))
+    return (Block((copies,), (traded,)),), (Block((join,)),)
+
+
+def _in_pieces(pieces: int, program: Program) -> Program:
+    """The same reads, copies and traffic in equal pieces, each piece's collectives beside the next one's kernels."""
+    streams = tuple(replace(one, bytes=one.bytes / pieces) for one in kernels(program) if isinstance(one, Stream))
+    trades = tuple(replace(one, bytes=one.bytes / pieces) for one in collectives(program))
+    return (Block(streams * pieces, trades * pieces, overlap=True, pieces=pieces),)
 
 
 def _trade(what: str, size: float, axis: str = "dim") -> Program:

@@ -196,6 +196,12 @@ def _exchange(share: Share) -> list[Refusal]:
         rule = share.rule
     except RefusedError as error:
         return [Refusal(f"exchange {exchange}", str(error))]
+    pieces, samples = share.layout.kv_pieces, share.layout.micro_batch
+    if pieces > 1 and (not decode or not rule.joined(share.attention_shape) or samples % pieces):
+        said = f"kv_pieces={pieces} cuts the {samples} sequences of a micro-batch that decode beside caches by tokens"
+        return [
+            Refusal("pieces of caches", f"{said}: it must divide them, and ranks must join what parts of a cache gave")
+        ]
     if share.layout.shared > 1:
         refusal = rule.refusal(share.attention_shape)
         return [] if refusal is None else [refusal]

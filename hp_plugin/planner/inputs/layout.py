@@ -36,6 +36,9 @@ class Layout:
         dcp: ranks that share a head's cache by tokens, each with its own query heads (decode context parallelism of
             vLLM and SGLang). kvp: the same where each has the query heads of all of them (Helix). adp: ranks that share
             it by sequences, with attention's weights whole on each (attention data parallelism). Stock attention alone.
+        kv_pieces: where a cache is spread by tokens, parts of a micro-batch's sequences that follow each other, each
+            part's trade of partial outputs beside the next one's attention (Helix's batch-wise overlap,
+            arXiv:2507.07120); 1: nothing runs beside the trade, as in the plugin.
         gtp: data-parallel ranks over which every linear's weight is spread and gathered for each use (GTP of
             Megatron-Core 0.19, `--tensor-parallel-num-weight-shards` TP·gtp). cp_heads: context-parallel ranks that
             trade tokens for heads (`a2a+p2p`, or `a2a` where it is all of them); the ring goes around the rest. Stock
@@ -65,9 +68,10 @@ class Layout:
     adp: int = 1
     gtp: int = 1
     cp_heads: int = 1
+    kv_pieces: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch", *SERVED, "gtp", "cp_heads"):
+        for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "micro_batch", *SERVED, "gtp", "cp_heads", "kv_pieces"):
             value = getattr(self, name)
             if not 1 <= value <= MAX_SIZE:
                 said = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
@@ -152,7 +156,7 @@ class Layout:
         default = Layout()
         for name, value in (
             ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("dp", self.dp), ("ep", self.ep),
-            ("gtp", self.gtp), ("cp_heads", self.cp_heads), ("mbs", self.micro_batch),
+            ("gtp", self.gtp), ("cp_heads", self.cp_heads), ("kv_pieces", self.kv_pieces), ("mbs", self.micro_batch),
         ):  # fmt: skip
             if value != 1 or name == "mbs":
                 parts.append(f"{name}={value}")

@@ -12,9 +12,10 @@ from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware
-from hp_plugin.planner.search.candidates import Search, candidate_layouts
+from hp_plugin.planner.search.candidates import Search, candidate_layouts, in_pieces
 from hp_plugin.planner.search.plan import make_plan
 from hp_plugin.planner.seconds.prediction import Prediction
+from hp_plugin.planner.seconds.step import predict
 
 GPUS = 64
 """Eight nodes of H100; most of a GB200 NVL72, of whose 72 no tensor-parallel size of these models takes more."""
@@ -32,6 +33,8 @@ SIDES = ("Megatron", "servers", "grid")
 """Stock layouts as Megatron-Core has them, stock layouts that share caches as servers do, exact grids."""
 SEARCH = Search(("batch", "sequence"), served=True)
 """Layouts of all three."""
+TRIED = 16
+"""Quickest grids that are predicted again with their trades beside attention."""
 
 
 def side(layout: Layout) -> str:
@@ -48,6 +51,8 @@ class Case:
     Args:
         largest: the most sequences that fit, and the layout that holds them, by side.
         found: predictions of every layout and batch that fit.
+        overlapping: the quickest grid if trades of partial outputs ran beside attention, as Helix's do and the plugin's
+            do not; None where no grid that fits has any.
     """
 
     model: ModelShape
@@ -55,6 +60,7 @@ class Case:
     context: int
     largest: dict[str, tuple[int, Layout]]
     found: list[Prediction]
+    overlapping: Prediction | None = None
 
     def best(self, side_of: str, seconds: float) -> Prediction | None:
         """The most tokens/s of one side, every token within `seconds`; of equals the smaller batch."""
@@ -76,14 +82,22 @@ def case(name: str, machine: str, context: int, gpus: int = GPUS, batches: Seque
             found += make_plan(model, gpus, Workload("decode", context, batch), hardware, SEARCH).found
         except ValueError:  # nothing holds so many
             break
-    return Case(model, machine, context, _largest(model, gpus, context, hardware), found)
+    largest = _largest(model, gpus, context, hardware)
+    return Case(model, machine, context, largest, found, _overlapping(found, hardware))
+
+
+def _overlapping(found: Sequence[Prediction], hardware: Hardware) -> Prediction | None:
+    grids = (one for one in found if side(one.layout) == SIDES[2] and one.share.rule.joined(one.share.attention_shape))
+    quickest = sorted(grids, key=lambda one: one.step)[:TRIED]
+    again = [predict(one.model, layout, one.workload, hardware) for one in quickest for layout in in_pieces(one.layout)]
+    return min(again, key=lambda one: one.step, default=None)
 
 
 def _largest(model: ModelShape, gpus: int, context: int, hardware: Hardware) -> dict[str, tuple[int, Layout]]:
     most: dict[str, tuple[int, Layout]] = {}
     # A batch that every number of replicas divides shows every layout.
     layouts = candidate_layouts(model, gpus, Workload("decode", context, gpus), SEARCH, hardware.domain)
-    for layout in dict.fromkeys(replace(layout, micro_batch=1) for layout in layouts):
+    for layout in dict.fromkeys(replace(layout, micro_batch=1, kv_pieces=1) for layout in layouts):
         held = sequences_that_fit(model, layout, context, hardware)
         if held > most.get(side(layout), (0, layout))[0]:
             most[side(layout)] = held, layout
@@ -123,9 +137,12 @@ def long_context_report() -> list[str]:
     lines = [
         f"Decoding at long contexts on {GPUS} GPUs, batches of {sizes} sequences on all of them.",
         "most: sequences that fit; least: the shortest time of a token; rows of ms: most tokens/s per GPU of which no",
-        "token takes longer, with batch and layout. Megatron: stock TP, PP, DP and EP; servers: stock with dcp (vLLM,",
-        "SGLang), kvp (Helix) or adp (attention data parallelism); grid: exact grids, n > 1. Last columns: the grid",
-        "over Megatron, and over the better of Megatron and servers (least: their times over the grid's).",
+        "token takes longer, with batch and layout. trade: of the shortest time, collectives between ranks that share",
+        "a cache, exposed + hidden beside kernels. pieces: the grid's shortest time, and its trade, if partial outputs",
+        "were traded beside attention in pieces of the batch, as Helix does and the plugin does not. Megatron: stock",
+        "TP, PP, DP and EP; servers: stock with dcp (vLLM, SGLang), kvp (Helix, in pieces where that is faster) or adp",
+        "(attention data parallelism); grid: exact grids, n > 1. Last columns: the grid over Megatron, and over the",
+        "better of Megatron and servers (least: their times over the grid's).",
     ]
     for one in cases():
         lines += ["", *case_lines(one)]
@@ -146,6 +163,8 @@ def case_lines(one: Case) -> list[str]:
             [_slowest(each) for each in quickest],
             *_ratios([1 / each.step if each else 0 for each in quickest]),
         ),
+        _line("trade", [_traded(each) for each in quickest]),
+        _line("pieces", ["", "", f"{_slowest(one.overlapping)}: {_traded(one.overlapping)}"]),
     ]
     for seconds in TIMES:
         best = [one.best(name, seconds) for name in SIDES]
@@ -155,7 +174,7 @@ def case_lines(one: Case) -> list[str]:
 
 
 def _line(head: str, cells: Sequence[str], *ratios: str) -> str:
-    said = f"{head:>5}" + "".join(f"  {cell:<46}" for cell in cells) + "".join(f"{each:>10}" for each in ratios)
+    said = f"{head:>6}" + "".join(f"  {cell:<46}" for cell in cells) + "".join(f"{each:>10}" for each in ratios)
     return said.rstrip()
 
 
@@ -172,6 +191,13 @@ def _most(one: Case, name: str) -> str:
 
 def _slowest(found: Prediction | None) -> str:
     return "-" if found is None else f"{found.step * 1e3:.1f} ms {_batch(found)}"
+
+
+def _traded(found: Prediction | None) -> str:
+    if found is None or found.layout.n == 1:
+        return "-"
+    exposed, hidden = (1e3 * each.get("dim", 0.0) for each in (found.waiting, found.hidden))
+    return f"{exposed:.2f} + {hidden:.2f} ms"
 
 
 def _fastest(found: Prediction | None) -> str:

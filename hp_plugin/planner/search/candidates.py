@@ -19,6 +19,9 @@ MIN_CONTEXT_SHARE = 2048
 MAX_TENSOR_PARALLEL = 64
 """Largest TP size tried."""
 
+PIECES = (2, 4, 8)
+"""Parts of a micro-batch whose attention and trades overlap, which are tried where it has so many sequences."""
+
 
 @dataclass(frozen=True)
 class Search:
@@ -62,7 +65,15 @@ def candidate_layouts(
                         yield from _peers(layout)
                 for way, ranks in _served(tp) if search.served and workload.mode == "decode" else ():
                     for layout in _sized(model, workload, search, tp, None, pp, cp, dp):
-                        yield replace(layout, **{way: ranks})  # type: ignore[arg-type]
+                        spread = replace(layout, **{way: ranks})  # type: ignore[arg-type]
+                        yield spread
+                        # Helix's own; other servers trade behind attention.
+                        yield from in_pieces(spread) if way == "kvp" else ()
+
+
+def in_pieces(layout: Layout) -> Iterator[Layout]:
+    """The same layout with trades of partial outputs beside attention, for every number of parts that is tried."""
+    yield from (replace(layout, kv_pieces=parts) for parts in PIECES if layout.micro_batch % parts == 0)
 
 
 def _tensor_sizes(gpus: int, search: Search) -> list[int]:
