@@ -44,9 +44,24 @@ if __name__ == "__main__":
     megatron_lm.enable()
     exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))  # here: processes it spawns import this file as main
 """
+# Stock's own inner attention does not take the widths of latent heads.
 SPEC = """
+import torch
+
+class PlainCore(torch.nn.Module):
+    def __init__(self, config, softmax_scale, **of_stock):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask, **of_stock):
+        scores = torch.einsum("sbhd,tbhd->bhst", query, key) * self.scale
+        weights = scores.masked_fill(attention_mask, -10000.0).softmax(dim=-1)
+        return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 layer = get_gpt_layer_local_spec()
+latent = get_gpt_layer_local_spec(qk_layernorm=True, multi_latent_attention=True, normalization="RMSNorm")
+latent.submodules.self_attention.submodules.core_attention = PlainCore
 """
 
 

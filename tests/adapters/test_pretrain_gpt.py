@@ -79,6 +79,12 @@ CASES = {
 }
 
 
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 12 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 10 --num-attention-heads 2 --qk-layernorm --normalization RMSNorm --disable-bias-linear"
+)
+
+
 # DeepSpeed drops what comes last beyond an expert's capacity and Megatron what is least wanted: their losses differ.
 MIXTURE = (
     "--disable-bias-linear --num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 1e-2 "
@@ -120,6 +126,13 @@ def test_the_grid_goes_on_from_stock_on_the_same_curve(tree: Path, tmp_path: Pat
     stock = losses(tree, 1, f"{model} --save {tmp_path} --save-interval 1", launcher=False)
     grid = losses(tree, 4, f"{model} {layout} --load {tmp_path} --ckpt-step 1")
     require_same_curve(stock, grid)
+
+
+@pytest.mark.parametrize("layout", ["2,2 --head-dim-exchange weights --sequence-parallel", "1,4"])
+def test_multi_latent_attention_goes_on_from_stock_on_the_same_curve(tree: Path, tmp_path: Path, layout: str) -> None:
+    plain = f"{LATENT} --spec spec_of_ours latent --save {tmp_path} --save-interval 1"
+    stock = losses(tree, 1, plain, launcher=False)
+    require_same_curve(stock, losses(tree, 4, f"{LATENT} --head-dim-parallel {layout} --load {tmp_path} --ckpt-step 1"))
 
 
 @pytest.mark.parametrize("case", ["MHA", "one key/value head", "PP=2", "distributed optimizer"])

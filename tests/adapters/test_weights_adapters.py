@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from hp_plugin.attention.transformer_config import HeadDimMLATransformerConfig
+from tests.adapters import deepspeed_cases
 from tests.adapters import test_deepspeed_engine as engine
 from tests.adapters.deepspeed_cases import DeepSpeedCase, deepspeed_rank, start_engine, train
 from tests.adapters.test_moe_backends import MIXTURE, losses_of
+from tests.dist import test_latent_attention as latent_attention
 from tests.ranks import Ranks
 
 pytest.importorskip("deepspeed")
@@ -35,6 +38,28 @@ def test_clipped_sgd_equals_deepspeed_on_one_rank(ranks: Ranks, stage: int, chan
     for one in found:
         assert one.losses == pytest.approx(alone.losses, abs=1e-5)
     assert engine.largest_error(found, alone.params, case.m * case.n) < 2e-5
+
+
+def train_latent(case: DeepSpeedCase) -> Any:
+    """`train` of a model with multi-latent attention."""
+    kept = deepspeed_cases.layer_spec, deepspeed_cases.HeadDimTransformerConfig
+    deepspeed_cases.layer_spec = latent_attention.layer_spec
+    deepspeed_cases.HeadDimTransformerConfig = HeadDimMLATransformerConfig  # type: ignore[misc]
+    try:
+        return train(case)
+    finally:
+        deepspeed_cases.layer_spec, deepspeed_cases.HeadDimTransformerConfig = kept  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("change", [{}, {"sequence_parallel": True}], ids=["2", "2 SP"])
+def test_latent_attention_equals_deepspeed_on_one_rank(ranks: Ranks, change: dict[str, Any]) -> None:
+    latent = {name: value for name, value in latent_attention.LATENT.items() if not name.startswith("num_")}
+    case = replace(engine.SGD, exchange="weights", stage=2, model=latent | change)
+    (alone,) = ranks.run(1, train_latent, engine.on_one_rank(case))
+    found = ranks.run(4, train_latent, case)
+    for one in found:
+        assert one.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert engine.largest_error(found, alone.params, 4) < 2e-5
 
 
 def test_bf16_follows_fp32_on_one_rank(ranks: Ranks) -> None:
