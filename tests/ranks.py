@@ -229,9 +229,11 @@ def _share_gloo_device() -> None:
     device = ProcessGroupGloo.create_device(interface="lo")
 
     class OnOneDevice(ProcessGroupGloo):  # type: ignore[misc]
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **newer: Any) -> None:
             options = ProcessGroupGloo._Options()
             options._devices, options._timeout = [device], timeout
+            for name, value in newer.items():  # `enable_reconfigure` since torch 2.14
+                setattr(options, name, value)
             super().__init__(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = OnOneDevice  # type: ignore[misc]
