@@ -18,6 +18,7 @@ from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.weights.choice import Choice
 from hp_plugin.refusal import RefusedError
 from tests.dist.gpt import SEQUENCE, Case, Outcome, build, evaluate, run_step, start, train
+from tests.dist.gpt_parts import assemble, collect
 from tests.dist.test_gpt_on_grid import agrees, stock_case
 from tests.ranks import Ranks
 
@@ -141,6 +142,36 @@ def test_hidden_states_may_come_from_elsewhere(ranks: Ranks, model: dict[str, An
     for first, given, again in ranks.run(4, losses_of_both_inputs, on(2, 2, 4, model=model)):
         torch.testing.assert_close(given, first, rtol=1e-5, atol=1e-6)
         assert torch.equal(again, first)
+
+
+def attention_by_itself(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Output, gradient of the input, and those of both weights, of one layer's attention outside a pass of its model."""
+    cpu_backend.enable()
+    start(case)
+    chunks = build(case)
+    random = torch.Generator().manual_seed(5)
+    states = torch.randn(SEQUENCE, case.micro_batch, 32, generator=random, requires_grad=True)
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    output, bias = chunks[0].module.decoder.layers[0].self_attention(states, mask)
+    (torch.randn(output.shape, generator=random) * output).sum().backward()
+    assert states.grad is not None
+    found = collect(chunks, lambda parameter: parameter.main_grad)
+    names = [f"layer 0 self_attention.linear_{which}.weight" for which in ("qkv", "proj")]
+    weights = {name: found[name] for name in names}
+    return output.detach() + bias.detach(), states.grad, weights
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (1, 4)], ids=str)
+def test_attention_may_be_called_without_its_model(ranks: Ranks, grid: tuple[int, int]) -> None:
+    case = on(*grid)
+    ((output, gradient, weights),) = ranks.run(1, attention_by_itself, stock_case(case))
+    found = ranks.run(4, attention_by_itself, case)
+    for own_output, own_gradient, _ in found:
+        torch.testing.assert_close(own_output, output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own_gradient, gradient, rtol=1e-5, atol=1e-5)
+    stock, whole = assemble([weights], 1), assemble([parts for *_, parts in found], 4)
+    for name in stock:
+        torch.testing.assert_close(whole[name], stock[name], rtol=1e-5, atol=1e-4)
 
 
 FIXED = ("batch", "sequence", "scores", "weights")

@@ -83,6 +83,11 @@ class Block:
             self._repeated[StorageWeakRef(states.untyped_storage())] = self.current
         return self.current
 
+    def gathers(self, states: Tensor, training: bool) -> bool:
+        """Whether weights move in the pass in which a module is called; not for a layer that is called by itself."""
+        passing: Pass | None = self.pass_of(states, training)
+        return passing is not None and passing.share is not None
+
 
 class BlockMaker:
     """Gives the layers that are built from one block spec their common block: a new one for every first layer."""

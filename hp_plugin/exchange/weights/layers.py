@@ -78,7 +78,7 @@ class GatheringLinear:
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self._layer is None and not self._chosen:
             raise RuntimeError("exchange `weights` gathers for whole layers: build the model from head_dim_spec")
-        self._gathers = self._layer is not None and self._block.pass_of(input_, self.training).share is not None
+        self._gathers = self._layer is not None and self._block.gathers(input_, self.training)
         if not self._gathers:
             return super().forward(input_, *args, **kwargs)
         with self._on_head_group():

@@ -20,7 +20,7 @@ def count_once(module: nn.Module, block: Block) -> None:
 
     def concerned(states: Tensor) -> list[str]:
         # Not even looked at where nothing ever is partial: who frees parameters would bring them back for it.
-        if not block.choice.can_gather or block.pass_of(states, module.training).share is not None:
+        if not block.choice.can_gather or block.gathers(states, module.training):
             return []
         return names
 
