@@ -15,15 +15,19 @@ model=$tests/dist_checkpointing/models/test_gpt_model.py
 for file in "$attention" "$model"; do
     [[ -f $file ]] || { echo "$tree has no ${file#"$tree"/}: give a tree of Megatron-LM 0.17 or newer" >&2; exit 2; }
 done
-# What Megatron-LM's training code imports comes with the newest release of its core.
 newest=$(sed -n 's/^megatron-core==\([^;]*\); python_version >= .*/\1/p' "$root/tests/requirements.txt")
 python=${PYTHON:-$(bash "$root/tools/setup_env.sh" --megatron-core "$newest")} || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+# What Megatron-LM's training code imports beside its core.
+if ! "$python" -c 'import regex, requests, six, yaml' 2>/dev/null; then
+    "$python" -m pip install --quiet --disable-pip-version-check --target "$scratch/packages" regex requests six pyyaml \
+        >&2 || exit 2
+fi
 
 run() { # ranks, then what pytest is told
     local ranks=$1; shift
-    (cd "$scratch" && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tree:$root:$root/tools SLICES=$slices \
+    (cd "$scratch" && OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tree:$root:$root/tools:$scratch/packages SLICES=$slices \
         FAILURES=$scratch/failures PYTEST_DEBUG_TEMPROOT=$scratch "$python" -W ignore -m torch.distributed.run --standalone \
         --nproc-per-node "$ranks" --local-ranks-filter 0 -m pytest -p upstream_on_grid -p no:cacheprovider -q --tb=line \
         --rootdir "$tree" -c /dev/null "$@") || touch "$scratch/failures"
