@@ -29,6 +29,7 @@ from hp_plugin.attention.fused_core import with_fused_core
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.attention.specs import head_dim_spec
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
+from hp_plugin.bench.grid_argument import parsed_grid
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import AUTO, RULES, traded
 from hp_plugin.exchange.shapes import attention_shape
@@ -39,14 +40,13 @@ from hp_plugin.training.config import BACKENDS
 
 def main() -> None:
     """Parses the shape, builds both layers, compares their outputs, then times them in turns."""
-    args = _arguments()
+    args, head_dim = _arguments()
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     if not cuda:
         cpu_backend.enable()
         torch.set_num_threads(1)
     device = torch.device("cuda" if cuda else "cpu")
-    head_dim = HeadDimConfig.parse(args.head_dim_parallel, args.head_dim_exchange, args.head_dim_order)
     initialize_head_dim_parallel(head_dim)
     layers = {"stock": _layer(args, None).to(device), "grid": _layer(args, head_dim).to(device)}
     shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
@@ -66,7 +66,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments() -> tuple[argparse.Namespace, HeadDimConfig]:
     parser = argparse.ArgumentParser(description="One attention layer, grid against stock on the same ranks.")
     parser.add_argument("--head-dim-parallel", default="2,4", help="m,n with m · n = the number of ranks")
     parser.add_argument("--head-dim-exchange", default=AUTO)
@@ -81,7 +81,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="then print where rank 0 spends its time in each layer")
-    return parser.parse_args()
+    args = parser.parse_args()
+    return args, parsed_grid(parser, args)
 
 
 def _layer(args: argparse.Namespace, head_dim: HeadDimConfig | None) -> nn.Module:

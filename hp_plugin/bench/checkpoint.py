@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from hp_plugin.bench.grid_argument import parsed_grid
 from hp_plugin.processes.rank import begin_rank
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
@@ -78,7 +79,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dir", default=None, help="where to write (default: the system's temporary directory)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    parsed_grid(parser, args)
+    return args
 
 
 def _config(args: argparse.Namespace) -> TrainingConfig:

@@ -320,6 +320,18 @@ def test_the_help_is_complete_where_python_leaves_docstrings_out(command, said):
     assert all(words in text for words in said) and "None" not in text
 
 
+@pytest.mark.parametrize("name", ["attention_layer", "checkpoint"])
+def test_a_benchmark_without_its_ranks_ends_in_a_line(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"hp_plugin.bench.{name}", "--head-dim-parallel", "2,2"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "world size 1 is not a multiple of 4" in last and "torchrun" in last
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
