@@ -303,6 +303,7 @@ def _tear_down_megatron() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     from hp_plugin.upstream.moe_log import forget_figures
+    from hp_plugin.upstream.rotary_cache import forget_angles
 
     for kind in ("FLASH", "FUSED", "UNFUSED"):  # what a model sets for its attention backend, and the next may not
         os.environ.pop(f"NVTE_{kind}_ATTN", None)
@@ -312,3 +313,4 @@ def _tear_down_megatron() -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER = None
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     forget_figures()
+    forget_angles()

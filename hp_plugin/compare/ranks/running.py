@@ -16,6 +16,7 @@ from hp_plugin.training.distributed import running_ranks
 from hp_plugin.training.peak_memory import return_free_memory
 from hp_plugin.training.step import Trainer, build_trainer
 from hp_plugin.training.transformer import build_transformer_config
+from hp_plugin.upstream.rotary_cache import forget_angles
 
 
 @contextmanager
@@ -36,6 +37,7 @@ def taken_down(config: TrainingConfig) -> Iterator[None]:
         from hp_plugin.deepspeed_adapter.moe.groups import forget_expert_groups
 
         forget_expert_groups()
+    forget_angles()
     _end_groups()
     gc.collect()
     return_free_memory()
