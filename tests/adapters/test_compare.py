@@ -171,6 +171,7 @@ def test_stock_and_grid_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "| grid=1x2,exchange=local ≠ |" in page.read_text() and "old" not in page.read_text()
 
 
+@pytest.mark.slow
 def test_decode_steps_behind_cached_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     layouts = ["tp=4", "grid=2x2", "grid=2x2,exchange=sequence"]
     report = run(tmp_path, *QUICK, "--mode", "decode", "--context", "24", "40", "--layouts", *layouts)
@@ -225,6 +226,7 @@ def test_experts_of_both_backends_and_what_stock_cannot_do(tmp_path: Path) -> No
         assert one["sent_bytes_per_token"]["ep/all_to_all"] > 0
 
 
+@pytest.mark.slow
 def test_predictions_from_the_measured_machine_stand_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = {"num_layers": 1, "hidden_size": 48, "num_attention_heads": 6, "num_query_groups": 1, "seq_length": 20}
     model |= {"disable_bias_linear": True, "position_embedding_type": "rope", "normalization": "RMSNorm"}

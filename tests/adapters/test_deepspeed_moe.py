@@ -63,6 +63,7 @@ def test_trains_as_one_rank_does(ranks: Ranks, world: int, case: MixtureCase) ->
         assert float((ours[name] - due).abs().max()) < 1e-3 * moved + 1e-7, name
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32_on_one_rank(ranks: Ranks) -> None:
     # Ten steps of Adam; bf16 keeps 8 bits, and a token near the border between two experts may change sides.
     case = replace(CASE, steps=10, stage=1, ep=2, model=SP, settings={})

@@ -109,6 +109,7 @@ def test_ctrl_c_ends_with_what_was_generated_and_no_process(saved: str) -> None:
     assert "(stopped)" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_the_example_says_the_same(saved: str) -> None:
     words = ["--load", saved, "--prompt", "def ", "--max-new-tokens", "12"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
