@@ -24,6 +24,19 @@ def layer_window(config: TransformerConfig, layer_number: int) -> tuple[int, int
     return tuple(config.window_size) if windowed else None
 
 
+def core_settings(
+    config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale: float | None
+) -> CoreSettings:
+    """What a layer's inner attention does where an exchange attends, as stock's is told at its construction."""
+    return CoreSettings(
+        causal=attn_mask_type == AttnMaskType.causal,
+        window=layer_window(config, layer_number),
+        scale=config.kv_channels**-0.5 if softmax_scale is None else softmax_scale,
+        dropout=config.attention_dropout,
+        own_stream=config.sequence_parallel,
+    )
+
+
 class HeadDimCoreAttention:
     """Mixed into the core attention that the stock spec names; parameter-free, so checkpoint keys stay stock.
 
@@ -57,13 +70,7 @@ class HeadDimCoreAttention:
             **kwargs,
         )
         self._exchanges, self._turn, self._mask_type = exchanges, turn, attn_mask_type
-        self._how = CoreSettings(
-            causal=attn_mask_type == AttnMaskType.causal,
-            window=layer_window(config, layer_number),
-            scale=config.kv_channels**-0.5 if softmax_scale is None else softmax_scale,
-            dropout=config.attention_dropout,
-            own_stream=config.sequence_parallel,
-        )
+        self._how = core_settings(config, layer_number, attn_mask_type, softmax_scale)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any

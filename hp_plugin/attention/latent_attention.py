@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
-from hp_plugin.attention.core_attention import layer_window
+from hp_plugin.attention.core_attention import core_settings
 from hp_plugin.attention.latent_limits import LATENT_LINEARS
 from hp_plugin.attention.latent_linears import (
     LatentColumnLinear,
@@ -33,7 +33,7 @@ from hp_plugin.attention.transformer_config import check_supported
 from hp_plugin.exchange.replicas import take_from_one
 from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.exchange.strategies import STRATEGIES
-from hp_plugin.exchange.strategy import CoreSettings, Exchange, QKVLayout
+from hp_plugin.exchange.strategy import Exchange, QKVLayout
 
 
 class HeadDimLatentAttention(GridAttention, MLASelfAttention):
@@ -180,13 +180,7 @@ class LatentCoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         self._exchange = exchange
-        self._how = CoreSettings(
-            causal=attn_mask_type == AttnMaskType.causal,
-            window=layer_window(config, layer_number),
-            scale=config.kv_channels**-0.5 if softmax_scale is None else softmax_scale,
-            dropout=config.attention_dropout,
-            own_stream=config.sequence_parallel,
-        )
+        self._how = core_settings(config, layer_number, attn_mask_type, softmax_scale)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **of_stock: Any
