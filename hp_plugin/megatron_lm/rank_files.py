@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hp_plugin.checkpoint.names import TRACKER, checkpoint_folder
 from hp_plugin.checkpoint.rank_files import check_rank_files
-
-_TRACKER, _RELEASE = "latest_checkpointed_iteration.txt", "release"
 
 
 def check_files_to_load(args: argparse.Namespace) -> None:
@@ -27,11 +26,7 @@ def _folder(load: str | None, step: int | None) -> Path | None:
     if load is None or "://" in load:  # a storage that is no file system
         return None
     try:
-        word = (Path(load) / _TRACKER).read_text().strip()
+        word = (Path(load) / TRACKER).read_text().strip()
     except (OSError, ValueError):
         word = ""
-    if step:
-        word = str(step)
-    if word == _RELEASE:
-        return Path(load) / _RELEASE
-    return Path(load) / f"iter_{int(word):07d}" if word.isascii() and word.isdecimal() else None
+    return checkpoint_folder(Path(load), str(step) if step else word)

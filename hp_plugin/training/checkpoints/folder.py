@@ -8,10 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hp_plugin.checkpoint.names import RELEASE, TRACKER, checkpoint_folder, iteration_folder
 from hp_plugin.checkpoint.reading import DamagedFileError, readable
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 PARTIAL = ".partial-"
 _LONGEST = 20
 """Characters of the longest word that a tracker holds."""
@@ -39,10 +38,10 @@ class CheckpointFolder:
             return None
         with readable(tracker) as file:
             word = file.read(_LONGEST + 1).decode().strip()
-        if word != RELEASE and not (word.isascii() and word.isdecimal() and len(word) < _LONGEST):
+        folder = checkpoint_folder(self.path, word) if len(word) < _LONGEST else None
+        if folder is None:
             wrong = f"holds {word!r} instead of an iteration or {RELEASE!r}"
             raise DamagedFileError(tracker, wrong, "write the number of one that is there into it")
-        folder = self.path / RELEASE if word == RELEASE else self.of(int(word))
         if not folder.is_dir() and _aside(folder).is_dir():
             return _aside(folder)  # died between the two renames of `complete`
         if not folder.is_dir():
@@ -53,7 +52,7 @@ class CheckpointFolder:
 
     def of(self, iteration: int) -> Path:
         """The folder of an iteration, Megatron's name for it."""
-        return self.path / f"iter_{iteration:07d}"
+        return iteration_folder(self.path, iteration)
 
     def begin(self, iteration: int) -> Path:
         """A new folder to write this iteration to; what dead runs left half-written goes.

@@ -17,11 +17,12 @@ from hp_plugin.checkpoint.checks import check_files, check_tensors, read_common_
 from hp_plugin.checkpoint.checksums import complete_checksums, write_shard_checksums, write_with_checksums
 from hp_plugin.checkpoint.contents import check_contents
 from hp_plugin.checkpoint.expert_optimizer import check_expert_optimizer
+from hp_plugin.checkpoint.names import RELEASE
 from hp_plugin.checkpoint.reading import trusting
 from hp_plugin.checkpoint.rules import check_same_function, recorded_head_dim
 from hp_plugin.training.checkpoints import legacy as legacy_checkpoint
 from hp_plugin.training.checkpoints.failures import loading, saving
-from hp_plugin.training.checkpoints.folder import RELEASE, CheckpointFolder
+from hp_plugin.training.checkpoints.folder import CheckpointFolder
 from hp_plugin.training.checkpoints.lock import FolderInUseError, FolderLock
 from hp_plugin.training.checkpoints.state import content_metadata, restore, sharded_state
 from hp_plugin.training.config import TrainingConfig
