@@ -173,6 +173,8 @@ def _serve(rank: int, world_size: int, pipe: connection.Connection, folder: Path
     import torch
     import torch.distributed as dist
 
+    from hp_plugin.processes.scheduling import take_turns
+
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
@@ -180,6 +182,7 @@ def _serve(rank: int, world_size: int, pipe: connection.Connection, folder: Path
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115 (faulthandler needs it open for good)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     torch.set_num_threads(1)
+    take_turns()
     _share_gloo_device()
     store = _store(folder, rank, world_size)
     # Nothing waits for the group's own limit: the session kills hung ranks long before.
@@ -291,6 +294,8 @@ def destroy_groups_but(*kept: Any) -> None:
     ended = [group for group in dist.distributed_c10d._world.pg_map if group not in kept]
     for number in range(len(ended)):
         dist.destroy_process_group(ended[number])
+    # A model that refers to itself holds its groups, and would let go of one after the other.
+    gc.collect()
     # By threads, as each of gloo's connections is let go of only when its device next looks for work, in 10 ms.
     with ThreadPoolExecutor(16) as threads:
         for _ in range(len(ended)):

@@ -23,6 +23,7 @@ from hp_plugin.cpu_backend import (
 from hp_plugin.cpu_backend.hook import Hook
 from hp_plugin.cpu_backend.missing_packages import recompute_without_fp8
 from hp_plugin.cpu_backend.mixture_of_experts import without_te_gemm
+from hp_plugin.processes.scheduling import take_turns
 
 __all__ = ["HOOKS", "Hook", "enable", "is_enabled", "mend_missing_packages"]
 
@@ -50,6 +51,9 @@ def is_enabled() -> bool:
 def enable() -> None:
     """Run Megatron-Core on the CPU from now on, in this process; does nothing the second time.
 
+    Best called before process groups are made: the threads that they start then share the cores as
+    `processes.scheduling` says.
+
     Raises `RuntimeError`, having changed nothing, if torch sees a CUDA device, or if an upstream function that
     would be replaced does not look as it did in the release that the replacement was written for.
     """
@@ -66,6 +70,7 @@ def enable() -> None:
     for hook in HOOKS:
         hook.apply()
     torch.compiler.set_stance("force_eager")
+    take_turns()
     _enabled = True
 
 

@@ -1,6 +1,7 @@
 """Stock Megatron-Core on the CPU backend: every layout trains the model that one rank trains."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tests.ranks import Ranks
 # Half the distance between neighbouring numbers at 1: what storing a value in the type can change, relatively.
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
 CLIP = 1.0
+ON_LINUX = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="scheduling policies are Linux's")
 DROPOUTS = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
 
 
@@ -384,6 +386,12 @@ def enable_twice() -> None:
     assert cpu_backend.is_enabled() and torch.zeros is once
 
 
+def enable_on_shared_cores() -> None:
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    cpu_backend.enable()
+    assert os.sched_getscheduler(0) == os.SCHED_BATCH
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -392,6 +400,7 @@ def enable_twice() -> None:
         enable_on_changed_source,
         enable_without_function,
         enable_twice,
+        pytest.param(enable_on_shared_cores, marks=ON_LINUX),
     ],
 )
 def test_enable(new_ranks: Ranks, body: object) -> None:
