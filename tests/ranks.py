@@ -41,9 +41,9 @@ PRELOADED = [
 ]
 # After the first failure the others get this long to fail by themselves, so that their tracebacks show too.
 GRACE_S = 2.0
-# A gloo group has threads of its own, which look for work a hundred times a second for as long as anything holds the
-# group: ranks on which a job's globals hold theirs slow everything down, and new ones are forked in a moment.
-MAX_THREADS = 40
+# A gloo group has two threads and a few open files for as long as anything holds it, and DeepSpeed's engines hold theirs
+# for good: some ten of them, far from what a process may have open, before ranks are replaced and import it all again.
+MAX_THREADS = 200
 
 
 class RankError(Exception):
