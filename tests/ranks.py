@@ -41,8 +41,8 @@ PRELOADED = [
 ]
 # After the first failure the others get this long to fail by themselves, so that their tracebacks show too.
 GRACE_S = 2.0
-# A gloo group has two threads and a few open files for as long as anything holds it, and DeepSpeed's engines hold theirs
-# for good: some ten of them, far from what a process may have open, before ranks are replaced and import it all again.
+# A gloo group has 2 threads and a few open files for as long as anything holds it, and DeepSpeed's engines hold theirs
+# for good: some ten of them, far from what a process may open, before ranks are replaced and import it all again.
 MAX_THREADS = 200
 
 
