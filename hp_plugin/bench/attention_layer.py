@@ -42,10 +42,10 @@ def main() -> None:
     """Parses the shape, builds both layers, compares their outputs, then times them in turns."""
     args, head_dim = _arguments()
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
     if not cuda:
         cpu_backend.enable()
         torch.set_num_threads(1)
+    dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda" if cuda else "cpu")
     initialize_head_dim_parallel(head_dim)
     layers = {"stock": _layer(args, None).to(device), "grid": _layer(args, head_dim).to(device)}
