@@ -173,6 +173,7 @@ def _serve(rank: int, world_size: int, pipe: connection.Connection, folder: Path
     import torch
     import torch.distributed as dist
 
+    from hp_plugin.processes.lifetime import tie_children
     from hp_plugin.processes.scheduling import take_turns
 
     parent = multiprocessing.parent_process()
@@ -182,6 +183,8 @@ def _serve(rank: int, world_size: int, pipe: connection.Connection, folder: Path
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115 (faulthandler needs it open for good)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     torch.set_num_threads(1)
+    # Megatron-Core's saves start servers of some 200 MB each, which ranks that are killed would leave behind.
+    tie_children()
     take_turns()
     _share_gloo_device()
     store = _store(folder, rank, world_size)

@@ -1,15 +1,21 @@
 """The harness itself: order, failures, time-outs, and that no job sees another."""
 
+import multiprocessing
 import os
 import time
 import warnings
+from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from tests.ranks import RankError, Ranks
+
+
+kept: list[Any] = []
 
 
 def rank_and_sum(offset: int) -> tuple[int, float, int]:
@@ -34,6 +40,12 @@ def exit_on(rank: int) -> None:
     if dist.get_rank() == rank:
         os._exit(7)
     dist.barrier()
+
+
+def start_a_server() -> int:
+    multiprocessing.current_process()._config["daemon"] = False  # daemons, which ranks are, may have no children
+    kept.append(multiprocessing.get_context("spawn").Manager())
+    return kept[0]._process.pid
 
 
 def warn() -> None:
@@ -103,3 +115,12 @@ def test_jobs_leave_nothing_behind(ranks: Ranks) -> None:
     assert ranks.run(4, use_model_parallel, 2) == first
     assert all(was_clean and values[0] == 4.0 for _, was_clean, values in first)
     assert [groups for groups, *_ in ranks.run(4, use_model_parallel, 2)] == [g for g, *_ in first]
+
+
+def test_what_ranks_started_ends_with_them() -> None:
+    pools = Ranks()
+    servers = [psutil.Process(pid) for pid in pools.run(2, start_a_server)]
+    assert all(server.is_running() for server in servers)
+    pools.close()
+    _, alive = psutil.wait_procs(servers, timeout=60)
+    assert not alive
