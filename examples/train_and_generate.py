@@ -29,10 +29,11 @@ from hp_plugin.generation.tokenizers import ByteTokenizer
 from hp_plugin.processes.refusals import refuse
 from hp_plugin.training.arguments import parse_arguments
 from hp_plugin.training.checks import check_config
-from hp_plugin.training.config import BYTE_VOCABULARY, TrainingConfig
+from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import batches, build_datasets
 from hp_plugin.training.distributed import find_world_size, prepare_device, running_ranks
 from hp_plugin.training.log import TrainingLog, print_rank_0
+from hp_plugin.training.option_groups import BYTE_VOCABULARY
 from hp_plugin.training.step import Trainer, build_trainer, train_step
 from hp_plugin.training.transformer import build_transformer_config
 

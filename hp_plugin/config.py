@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd, isqrt
 
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES, RULES, candidates, resolve
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.grid.ranks import DIM_INNERMOST, Grid
 from hp_plugin.refusal import Refusal, RefusedError, shown
 

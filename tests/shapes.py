@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.sizes import AttentionShape
 
 # The same examples in every run and on every machine, and nothing written beside the tests.
 EXAMPLES = settings(derandomize=True, database=None, deadline=None, max_examples=100)

@@ -7,9 +7,9 @@ from typing import Any
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES, candidates
 from hp_plugin.exchange.shapes import stock_core_alone
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.refusal import Refusal
 

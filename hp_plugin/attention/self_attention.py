@@ -27,9 +27,9 @@ from hp_plugin.checkpoint.weight_fence import fence_weights
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.kv_cache import cached_tokens, check_room
 from hp_plugin.exchange.masks import document_numbers, document_positions
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES, candidates, resolve, traded
 from hp_plugin.exchange.shapes import attention_shape
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import Angles, Exchange, QKVLayout, Turn
 from hp_plugin.grid.ownership import proj_columns, qkv_rows

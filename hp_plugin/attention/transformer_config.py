@@ -12,9 +12,9 @@ from hp_plugin.attention.latent_limits import latent_refusals
 from hp_plugin.attention.quantized import quantized_refusals
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.exchange.shapes import attention_shape, stock_core_alone
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.refusal import Refusal, RefusedError, shorten, shown
 
 

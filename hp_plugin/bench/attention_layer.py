@@ -35,7 +35,7 @@ from hp_plugin.exchange.rules import AUTO, RULES, traded
 from hp_plugin.exchange.shapes import attention_shape
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.processes.rank import begin_rank
-from hp_plugin.training.config import BACKENDS
+from hp_plugin.training.option_groups import BACKENDS
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hp_plugin.compare.entries.catalogue import MODELS
 from hp_plugin.compare.entries.suites import MODES, SUITES
-from hp_plugin.training.config import BACKENDS
+from hp_plugin.training.option_groups import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

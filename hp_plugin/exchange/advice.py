@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO_ORDER, RULES, way_out
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.refusal import Refusal
 
 

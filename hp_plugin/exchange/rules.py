@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from hp_plugin.exchange.batch.rule import BatchRule
 from hp_plugin.exchange.local.rule import LocalRule
-from hp_plugin.exchange.rule import AttentionShape, BlockShape, ExchangeRule
+from hp_plugin.exchange.rule import ExchangeRule
 from hp_plugin.exchange.scores.rule import ScoresRule
 from hp_plugin.exchange.sequence.rule import SequenceRule
+from hp_plugin.exchange.sizes import AttentionShape, BlockShape
 from hp_plugin.exchange.weights.rule import WeightsRule, embedding_moves_less, output_moves_less
 from hp_plugin.refusal import RefusedError
 

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.sizes import AttentionShape
 
 
 def attention_shape(

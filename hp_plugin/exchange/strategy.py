@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule
+from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.grid.groups import HeadDimGroups
 
 

@@ -11,8 +11,9 @@ from hp_plugin.generation.decoding import Step, check_prompts, generate
 from hp_plugin.generation.options import GenerationOptions
 from hp_plugin.generation.sampling import Sampling
 from hp_plugin.generation.tokenizers import BYTES, Tokenizer, find_tokenizer
-from hp_plugin.training.config import BYTE_VOCABULARY, TrainingConfig
+from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.distributed import prepare_device, running_ranks
+from hp_plugin.training.option_groups import BYTE_VOCABULARY
 from hp_plugin.training.transformer import build_transformer_config
 
 

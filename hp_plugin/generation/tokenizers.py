@@ -6,7 +6,7 @@ import codecs
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from hp_plugin.training.config import BYTE_VOCABULARY
+from hp_plugin.training.option_groups import BYTE_VOCABULARY
 
 BYTES = "bytes"
 

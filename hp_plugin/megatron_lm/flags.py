@@ -11,9 +11,9 @@ from hp_plugin.attention.latent_limits import LATENT_LINEARS
 from hp_plugin.attention.transformer_config import unsupported
 from hp_plugin.checkpoint.rules import OVERRIDE_FLAG, TRUST_FLAG, record_head_dim
 from hp_plugin.config import WIDEST, HeadDimConfig
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO, EXCHANGES
 from hp_plugin.exchange.shapes import attention_shape
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.grid.ranks import DIM_INNERMOST, ORDERS
 from hp_plugin.megatron_lm.unfit_flags import unfit
 from hp_plugin.refusal import Refusal, RefusedError, shown

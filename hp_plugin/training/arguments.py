@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from hp_plugin.processes.refusals import refuse
 from hp_plugin.refusal import shorten
-from hp_plugin.training.config import GROUPS, TrainingConfig
+from hp_plugin.training.config import TrainingConfig
+from hp_plugin.training.option_groups import GROUPS
 from hp_plugin.training.options import flag, kind_of
 
 

@@ -11,10 +11,11 @@ import torch
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.refusal import shown
 from hp_plugin.training.checkpoints.saving import check_load
-from hp_plugin.training.config import BYTE_VOCABULARY, TrainingConfig
+from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.data import empty_split, parse_blend
 from hp_plugin.training.indexed_files import data_complaint
 from hp_plugin.training.moe import moe_complaints
+from hp_plugin.training.option_groups import BYTE_VOCABULARY
 from hp_plugin.training.writable import unwritable_file, unwritable_folder
 
 

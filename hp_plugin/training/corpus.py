@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from hp_plugin.training.config import BYTE_VOCABULARY
+from hp_plugin.training.option_groups import BYTE_VOCABULARY
 
 _FORMAT = "1"
 _LEFT_OUT = frozenset({"__pycache__", "dist-packages", "site-packages", "test", "tests", "idle_test"})

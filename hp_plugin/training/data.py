@@ -23,9 +23,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import DataLoader, Dataset
 
-from hp_plugin.training.config import BYTE_VOCABULARY, TrainingConfig
+from hp_plugin.training.config import TrainingConfig
 from hp_plugin.training.corpus import build_corpus
 from hp_plugin.training.indexed_files import beyond
+from hp_plugin.training.option_groups import BYTE_VOCABULARY
 
 Batches = Iterator[dict[str, torch.Tensor]] | list[Iterator[dict[str, torch.Tensor]]]
 """What Megatron's schedules take: one iterator, or one for every model chunk of the interleaved schedule."""

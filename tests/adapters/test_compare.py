@@ -32,8 +32,8 @@ from hp_plugin.compare.report.planner_columns import prediction_rows, winners
 from hp_plugin.compare.results import Results
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.batch.strategy import BatchExchange
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.model_shape import ModelShape
 from hp_plugin.planner.inputs.workload import Workload

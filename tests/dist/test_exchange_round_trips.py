@@ -9,7 +9,7 @@ from torch import Tensor
 from hp_plugin import cpu_backend
 from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.strategies import STRATEGIES
 from hp_plugin.exchange.strategy import QKVLayout
 from hp_plugin.grid.groups import HeadDimGroups

@@ -14,7 +14,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
 from hp_plugin.compare.ranks.traffic import counted
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.generation.checkpoint import loaded_model, on_layout
 from hp_plugin.generation.decoding import Step, generate

@@ -3,7 +3,7 @@
 import pytest
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.grid.ranks import Grid
 from hp_plugin.refusal import RefusedError
 

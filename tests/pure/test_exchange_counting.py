@@ -8,8 +8,8 @@ from itertools import product
 
 import pytest
 
-from hp_plugin.exchange.rule import AttentionShape, BlockShape
 from hp_plugin.exchange.rules import AUTO_ORDER, RULES, choose, count, resolve, traded, with_shared_ends
+from hp_plugin.exchange.sizes import AttentionShape, BlockShape
 from hp_plugin.planner.counts.feasibility import shape_refusals
 from hp_plugin.planner.counts.parts import parts_of, passes_of
 from hp_plugin.planner.counts.program import collectives

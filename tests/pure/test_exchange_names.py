@@ -30,9 +30,9 @@ OTHER_MEANINGS = {
     ("hp_plugin.planner.reports.long_context", "('batch', 'sequence')"): 2,
     ("hp_plugin.planner.reports.reproduce", "('batch', 'weights')"): 2,
     # Megatron-Core's own layers, and the rates of their kernels
-    ("hp_plugin.training.config", "('local', 'transformer_engine')"): 1,
-    ("hp_plugin.training.config", "option('local', 'layer implementation', choices=IMPLEMENTATIONS)"): 1,
-    ("hp_plugin.training.config", "('flash', 'fused', 'unfused', 'local', 'auto')"): 1,
+    ("hp_plugin.training.option_groups", "('local', 'transformer_engine')"): 1,
+    ("hp_plugin.training.option_groups", "option('local', 'layer implementation', choices=IMPLEMENTATIONS)"): 1,
+    ("hp_plugin.training.option_groups", "('flash', 'fused', 'unfused', 'local', 'auto')"): 1,
     ("hp_plugin.compare.report.markdown", "backend == 'auto'"): 1,
     ("hp_plugin.training.checks", "config.transformer_impl == 'local'"): 1,
     ("hp_plugin.training.moe", "config.transformer_impl == 'local'"): 1,

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import AUTO_ORDER, EXCHANGES, RULES, resolve
 from hp_plugin.exchange.scores.rule import ScoresRule
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.refusal import RefusedError
 from tests.shapes import EXAMPLES, divided_shapes, grid_shapes
 

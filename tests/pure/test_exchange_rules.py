@@ -6,10 +6,11 @@ from fractions import Fraction
 import pytest
 
 from hp_plugin.exchange.local.rule import LocalRule
-from hp_plugin.exchange.rule import STOCK, AttentionShape, Cached, Inner, cache_block
+from hp_plugin.exchange.rule import STOCK
 from hp_plugin.exchange.rules import RULES, resolve
 from hp_plugin.exchange.scores.rule import ScoresRule
 from hp_plugin.exchange.sequence.blocks import Blocks
+from hp_plugin.exchange.sizes import AttentionShape, Cached, Inner, cache_block
 
 SHAPES = [
     AttentionShape(s=24, b=6, h=12, g=3, d=30, m=3, n=2),

@@ -23,7 +23,8 @@ FLOORS: dict[int, list[tuple[str, ...]]] = {
     0: [
         ("refusal", "processes", "processes.lifetime", "processes.interrupts"),
         ("processes.rank", "grid", "exchange", *(f"exchange.{name}" for name in EXCHANGES)),
-        ("grid.ranks", "grid.ownership", "exchange.rule"),
+        ("grid.ranks", "grid.ownership", "exchange.sizes"),
+        ("exchange.rule",),
         tuple(f"exchange.{name}.rule" for name in EXCHANGES),
         ("exchange.rules",),
         ("exchange.advice",),

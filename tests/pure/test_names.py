@@ -24,6 +24,10 @@ def test_no_module_is_named_as_a_function_in_it(path: Path) -> None:
     assert path.stem == MAIN or path.stem not in functions(path)
 
 
+def test_files_are_split_before_300_lines() -> None:
+    assert not [path for path in MODULES if len(path.read_text("utf-8").splitlines()) >= 300]
+
+
 @pytest.mark.parametrize("name", ["head_dim_spec", "load_model"])
 def test_a_function_that_many_look_for_is_one_function(name: str) -> None:
     assert len([path for path in MODULES if name in functions(path)]) <= 1

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hp_plugin.exchange.rule import AttentionShape
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.grid.ownership import SlicedAxis, proj_columns, qkv_rows
 from hp_plugin.grid.ranks import Grid, tensor_parallel_groups
 from tests.shapes import EXAMPLES, grid_shapes

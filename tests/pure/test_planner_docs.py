@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hp_plugin.commands import plan as plan_cli
-from hp_plugin.planner.inputs.model_shape import presets
+from hp_plugin.planner.inputs.models import presets
 from hp_plugin.planner.machine.hardware import shipped
 from hp_plugin.planner.reports import long_context, reproduce, validate
 

@@ -13,7 +13,7 @@ from hp_plugin.planner.inputs.bash import shell_words
 from hp_plugin.planner.inputs.launch_script import launch_words
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.megatron_launch import read_launch
-from hp_plugin.planner.inputs.model_shape import load_model
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.search.relief import reliefs

@@ -25,7 +25,8 @@ from hp_plugin.commands import plan as plan_cli
 from hp_plugin.planner.inputs.launch_script import launch_words
 from hp_plugin.planner.inputs.layout import Layout
 from hp_plugin.planner.inputs.megatron_launch import read_launch
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.gemm import GemmTable
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hp_plugin.planner.inputs.model_shape import load_model
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.machine.curve import TimeCurve
 from hp_plugin.planner.machine.hardware import load_hardware, shipped
 from hp_plugin.planner.machine.json_file import package_json

@@ -15,7 +15,8 @@ from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.hugging_face.defaults import TABLE, type_defaults
 from hp_plugin.planner.inputs.hugging_face.model_types import MODEL_TYPES, NOT_PLANNED
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.machine.json_file import package_json

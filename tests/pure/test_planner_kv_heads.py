@@ -7,7 +7,8 @@ from contextlib import suppress
 import pytest
 
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.reports.kv_heads import CASES, EXCHANGES, MACHINE, WORKLOADS, row
 from hp_plugin.planner.seconds.prediction import Prediction

@@ -10,7 +10,7 @@ import pytest
 
 from hp_plugin.commands import plan as plan_cli
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import load_model
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine import description
 from hp_plugin.planner.machine.hardware import load_hardware, shipped

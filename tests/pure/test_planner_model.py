@@ -10,7 +10,8 @@ import pytest
 
 from hp_plugin.planner.counts.stages import build_stages, split_layers, stage_parameters
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model, presets
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model, presets
 from hp_plugin.planner.inputs.workload import Workload
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from hp_plugin.exchange.rules import RULES
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.reports.sweep import sweep_curves

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.advice import unsupported_by
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import EXCHANGES, RULES, resolve
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.refusal import RefusedError
 from tests.shapes import EXAMPLES, grid_shapes
 

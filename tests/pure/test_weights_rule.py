@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.weights.rule import embedding_moves_less, output_moves_less
 from hp_plugin.refusal import RefusedError
 

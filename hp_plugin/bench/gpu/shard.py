@@ -16,7 +16,8 @@ import torch
 from hp_plugin.bench.gpu.kernels import Bench
 from hp_plugin.bench.gpu.machine_file import FULL, LINKS, TINY, device_name, machine_description
 from hp_plugin.bench.gpu.replay import layouts, replayed
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, Cached, ExchangeRule, Inner
+from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.exchange.sizes import AttentionShape, Cached, Inner
 
 
 class BatchRule(ExchangeRule):

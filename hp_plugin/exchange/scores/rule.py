@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, ExchangeRule, Inner
+from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.exchange.sizes import AttentionShape, Inner
 
 SCORES_BLOCK = 256
 """Queries per block of the `scores` exchange (its only tuning knob; see `ScoresRule.elements`)."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hp_plugin.exchange.kv_cache import reserved
-from hp_plugin.exchange.rule import cache_block
 from hp_plugin.exchange.sequence.blocks import Blocks
+from hp_plugin.exchange.sizes import cache_block
 
 
 class TokenCache:

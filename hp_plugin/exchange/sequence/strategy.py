@@ -12,12 +12,12 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.sequence.attention import sequence_attention
 from hp_plugin.exchange.sequence.cache import TokenCache
 from hp_plugin.exchange.sequence.chunks import chunks_of, in_order, own_tokens, spread
 from hp_plugin.exchange.sequence.rule import SequenceRule
 from hp_plugin.exchange.sequence.spread import SpreadTokens
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.strategy import QKV, Angles, CoreSettings, Exchange
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.rule import BlockShape
 from hp_plugin.exchange.rules import RULES, Counted, candidates, choose
 from hp_plugin.exchange.shapes import attention_shape
+from hp_plugin.exchange.sizes import BlockShape
 
 
 class Choice:

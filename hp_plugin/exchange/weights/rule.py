@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hp_plugin.exchange.rule import AttentionShape, BlockShape, Cached, ExchangeRule, Inner, cached_by_tokens
+from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.exchange.sizes import AttentionShape, BlockShape, Cached, Inner, cached_by_tokens
 from hp_plugin.refusal import Refusal
 
 

@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from hp_plugin.exchange.batch.strategy import BatchExchange
-from hp_plugin.exchange.rule import AttentionShape
 from hp_plugin.exchange.sequence.strategy import SequenceExchange
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.strategy import QKV, CoreSettings, Exchange, QKVLayout
 from hp_plugin.exchange.weights.ends import move_ends
 from hp_plugin.exchange.weights.keys_values import gather_tokens

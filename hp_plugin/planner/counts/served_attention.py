@@ -5,7 +5,8 @@ Counted as exchanges are: m ranks split heads, n = TP/m share their cache.
 
 from __future__ import annotations
 
-from hp_plugin.exchange.rule import AttentionShape, Cached, ExchangeRule, Inner
+from hp_plugin.exchange.rule import ExchangeRule
+from hp_plugin.exchange.sizes import AttentionShape, Cached, Inner
 from hp_plugin.planner.inputs.layout import Layout
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from hp_plugin.exchange.rule import STOCK, AttentionShape, BlockShape, Cached, ExchangeRule, Inner
+from hp_plugin.exchange.rule import STOCK, ExchangeRule
 from hp_plugin.exchange.rules import RULES, choose, with_shared_ends
+from hp_plugin.exchange.sizes import AttentionShape, BlockShape, Cached, Inner
 from hp_plugin.grid.ranks import DIM_INNERMOST
 from hp_plugin.planner.counts.served_attention import AttentionData, served_rule
 from hp_plugin.planner.counts.stages import RankParameters, Stage, build_stages, qkv_rows, stage_parameters

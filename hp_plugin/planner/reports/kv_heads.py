@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from hp_plugin.planner.counts.feasibility import width_refusals
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import load_hardware
 from hp_plugin.planner.search.candidates import Search

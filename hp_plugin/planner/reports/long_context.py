@@ -9,7 +9,8 @@ from hp_plugin.planner.counts.feasibility import memory_refusal, shape_refusals
 from hp_plugin.planner.counts.memory import memory_needed
 from hp_plugin.planner.counts.share import Share
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware
 from hp_plugin.planner.search.candidates import Search, candidate_layouts, in_pieces

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from hp_plugin.grid.ranks import ORDERS
 from hp_plugin.planner.counts.feasibility import memory_refusal
 from hp_plugin.planner.inputs.layout import Layout
-from hp_plugin.planner.inputs.model_shape import ModelShape, load_model
+from hp_plugin.planner.inputs.model_shape import ModelShape
+from hp_plugin.planner.inputs.models import load_model
 from hp_plugin.planner.inputs.workload import Workload
 from hp_plugin.planner.machine.hardware import Hardware, load_hardware
 from hp_plugin.planner.machine.json_file import package_json
