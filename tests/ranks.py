@@ -273,7 +273,6 @@ def _run_job(call: bytes, store: Any) -> Any:
         destroy_groups_but(default)
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
-        gc.collect()
 
 
 def prepare_device() -> Any:

@@ -125,6 +125,12 @@ _LAUNCHED = ("model", "mode", "global_batch", "seq", "continuous", "grad_reduce_
 """Options whose values a launch line has itself."""
 
 
+def _defaults() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([])
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Whether the options that were given go together.
 
@@ -135,16 +141,12 @@ def check_options(args: argparse.Namespace) -> None:
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} show different things: ask for one at a time")
     if args.validate or args.reproduce or args.suite:
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        others = [name for name, value in vars(parser.parse_args([])).items() if getattr(args, name) != value]
+        others = [name for name, value in vars(_defaults()).items() if getattr(args, name) != value]
         others = [f"--{name.replace('_', '-')}" for name in others if name not in _SHOWN]
         if others:
             raise ValueError(f"{asked[0]} has its own models and machines and takes no {' or '.join(others)}")
     if args.from_launch is not None:
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        known = parser.parse_args([])
+        known = _defaults()
         twice = [f"--{name.replace('_', '-')}" for name in _LAUNCHED if getattr(args, name) != getattr(known, name)]
         if twice:
             raise ValueError(f"--from-launch has its own model and batch and takes no {' or '.join(twice)}")
