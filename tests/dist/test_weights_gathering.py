@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from hp_plugin import cpu_backend
 from hp_plugin.compare.ranks.traffic import Call, counted
 from hp_plugin.config import HeadDimConfig
-from hp_plugin.exchange.weights import gathering, gradients
+from hp_plugin.exchange.weights import gathering, gradients, shards
 from hp_plugin.exchange.weights.layers import WeightsTransformerLayer
 from tests.dist.gpt import SEQUENCE, VOCABULARY, Case, build, build_optimizer, run_step, start
 from tests.ranks import Ranks
@@ -280,3 +280,20 @@ def test_no_weight_is_sent_before_the_optimizer_has_published_it(ranks: Ranks) -
     for early, waited in ranks.run(4, read_before_published, case):
         assert early == 0
         assert waited >= LAYERS - 1
+
+
+def step_without_coalescing(case: Case) -> float:
+    """The first loss, where whoever coalesces collectives over the dim axis fails."""
+    chunks, _ = built(case)
+    manager = shards._coalescing_manager
+    shards._coalescing_manager = None  # type: ignore[assignment]
+    try:
+        return run_step(case, chunks, 0)
+    finally:
+        shards._coalescing_manager = manager
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1], ids=["samples", "tokens"])
+def test_gloo_is_given_no_name_that_its_two_threads_would_tear(ranks: Ranks, micro_batch: int) -> None:
+    # A crash of one rank in 10,000 micro-batches is no test; what led to it can be ruled out.
+    assert all(loss > 0 for loss in ranks.run(4, step_without_coalescing, on(2, 2, micro_batch)))

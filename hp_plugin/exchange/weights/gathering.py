@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +70,8 @@ class LayerWeights:
         self._forward = list(shards)
         self._backward = [shard for shard in shards if shard.saved or recomputed]
         self._wholes: dict[Shard, Tensor] = {}
-        self._wait: Callable[[], Any] | None = None
+        self._coming: Sequence[Shard] = ()
+        self._wait: Callable[[], list[Tensor]] | None = None
         self._awaited: dict[Shard, tuple[Tensor, Reduction]] = {}
 
     @property
@@ -82,7 +82,7 @@ class LayerWeights:
     @property
     def held(self) -> int:
         """Bytes of the wholes that are there or on their way."""
-        return sum(shard.whole_bytes for shard in self._wholes)
+        return sum(shard.whole_bytes for shard in [*self._wholes, *self._coming])
 
     def begin(self) -> None:
         """The layer's forward pass begins, in backward again if it is recomputed."""
@@ -117,15 +117,14 @@ class LayerWeights:
 
     def _start(self) -> None:
         """Gathers the layer in one collective, unless it is there or on its way."""
-        if self._wholes:
+        if self.held:
             return
         if in_backward():
             self._make_room()
         else:
             publish(self._modules)
-        shards = self._backward if in_backward() else self._forward
-        wholes, self._wait = start_gathering(shards, self._chain.group)
-        self._wholes = dict(zip(shards, wholes, strict=True))
+        self._coming = self._backward if in_backward() else self._forward
+        self._wait = start_gathering(self._coming, self._chain.group)
 
     def _take(self, shard: Shard) -> Tensor:
         self._start()
@@ -151,9 +150,7 @@ class LayerWeights:
 
     def _alone(self, shard: Shard) -> Tensor:
         """What is needed a second time."""
-        (whole,), wait = start_gathering([shard], self._chain.group)
-        wait()
-        return whole
+        return start_gathering([shard], self._chain.group)()[0]
 
     def _start_next(self, step: int, in_use: int) -> None:
         """Sends for the layer that comes next in this direction, as soon as there is room for it beside this one."""
@@ -161,9 +158,7 @@ class LayerWeights:
         if not 0 <= number < len(self._chain.layers):
             return
         layer = self._chain.layers[number]
-        if layer._wholes or self._chain.held + in_use + layer.whole_bytes > 2 * max(
-            self.whole_bytes, layer.whole_bytes
-        ):
+        if layer.held or self._chain.held + in_use + layer.whole_bytes > 2 * max(self.whole_bytes, layer.whole_bytes):
             return
         layer._start()
         if step > 0 and torch.is_grad_enabled():
@@ -188,8 +183,8 @@ class LayerWeights:
 
     def _arrive(self) -> None:
         if self._wait is not None:
-            self._wait()
-            self._wait = None
+            self._wholes = dict(zip(self._coming, self._wait(), strict=True))
+            self._coming, self._wait = (), None
 
 
 def in_backward() -> bool:
