@@ -41,7 +41,7 @@ PRELOADED = [
 ]
 # After the first failure the others get this long to fail by themselves, so that their tracebacks show too.
 GRACE_S = 2.0
-# A gloo group has 2 threads and a few open files for as long as anything holds it, and DeepSpeed's engines hold theirs
+# A gloo group has a thread and a few open files for as long as anything holds it, and DeepSpeed's engines hold theirs
 # for good: some ten of them, far from what a process may open, before ranks are replaced and import it all again.
 MAX_THREADS = 200
 
@@ -131,7 +131,7 @@ class _Pool:
                     ok, value = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(GRACE_S)
-                    ok, value = False, f"died with exit code {self._processes[rank].exitcode}\n"
+                    ok, value = False, f"died with exit code {self._processes[rank].exitcode}\n{self._stack(rank)}"
                 (results if ok else failures)[rank] = value
                 if not ok:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
@@ -150,9 +150,11 @@ class _Pool:
         head += f"failed on {sorted(failures)}, still running on {hung} after {waited:.1f} s\n"
         parts = [f"--- rank {rank} failed ---\n{text}" for rank, text in failures.items()]
         for rank in hung:
-            stack = (self._folder / f"stack{rank}").read_text(errors="replace")
-            parts.append(f"--- rank {rank} still running, its stack ---\n{stack}")
+            parts.append(f"--- rank {rank} still running, its stack ---\n{self._stack(rank)}")
         return head + "\n".join(parts)
+
+    def _stack(self, rank: int) -> str:
+        return (self._folder / f"stack{rank}").read_text(errors="replace")
 
     def threads(self) -> int:
         """Of the rank that has most of them."""
@@ -182,6 +184,7 @@ def _serve(rank: int, world_size: int, pipe: connection.Connection, folder: Path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the session, which then ends its ranks
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115 (faulthandler needs it open for good)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+    faulthandler.enable(file=stack)  # where a library ends the process
     torch.set_num_threads(1)
     # Megatron-Core's saves start servers of some 200 MB each, which ranks that are killed would leave behind.
     tie_children()
@@ -228,7 +231,9 @@ def _store(folder: Path, rank: int, world_size: int) -> Any:
 def _share_gloo_device() -> None:
     """Gives all gloo groups of this process one device: each has a thread that notices its end 10 ms late.
 
-    Megatron-Core makes dozens of groups, and waiting for their threads was more than half of a job's time.
+    Megatron-Core makes dozens of groups, and waiting for their threads was more than half of a job's time. Their own
+    threads, which run the collectives, are one each instead of two: two tear the name of what they have last done when
+    it is long (see `exchange/weights/shards.py`), as those of Megatron-Core's overlapped gradients are.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
@@ -237,7 +242,7 @@ def _share_gloo_device() -> None:
     class OnOneDevice(ProcessGroupGloo):  # type: ignore[misc]
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **newer: Any) -> None:
             options = ProcessGroupGloo._Options()
-            options._devices, options._timeout = [device], timeout
+            options._devices, options._threads, options._timeout = [device], 1, timeout
             for name, value in newer.items():  # `enable_reconfigure` since torch 2.14
                 setattr(options, name, value)
             super().__init__(store, rank, size, options)
