@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import multiprocessing.synchronize
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -116,7 +118,37 @@ def test_it_works_where_files_have_one_name(tmp_path: Path, monkeypatch: pytest.
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
+def test_whoever_takes_it_is_waited_for(tmp_path: Path) -> None:
+    other = threading.Thread(target=FolderLock(tmp_path).take)
+    with lock._one_at_a_time(tmp_path):
+        other.start()
+        time.sleep(0.1)
+        assert not (tmp_path / NAME).exists()
+    other.join()
+    assert (tmp_path / NAME).exists()
+
+
+def test_it_works_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unable)
+    write(tmp_path, replace(Owner.this_process(), ticks=1))
+    FolderLock(tmp_path).take()
+    with pytest.raises(FolderInUseError, match="is written to by"):
+        write(tmp_path, replace(Owner.this_process(), pid=os.getppid(), ticks=lock.process_ticks(os.getppid()) or 0))
+        FolderLock(tmp_path).take()
+
+
 def contend(folder: Path, meeting: "multiprocessing.synchronize.Barrier", taken: "multiprocessing.Queue[int]") -> None:
+    read, delays = lock._read, random.Random(os.getpid())
+
+    def slowly(path: Path) -> Owner | None:
+        found = read(path)
+        time.sleep(0.004 * delays.random())
+        return found
+
+    lock._read = slowly  # in this process alone
     meeting.wait(60)
     try:
         FolderLock(folder).take()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,12 +73,13 @@ class FolderLock:
         aside = self.path.with_name(f"{NAME}.{self.owner.host}.{self.owner.pid}")
         aside.write_text(json.dumps(asdict(self.owner)) + "\n")
         try:
-            while True:
-                try:
-                    _place(aside, self.path)
-                    break
-                except FileExistsError:
-                    self._take_away_if_dead(aside)
+            with _one_at_a_time(self.path.parent):
+                while True:
+                    try:
+                        _place(aside, self.path)
+                        break
+                    except FileExistsError:
+                        self._take_away_if_dead(aside)
         finally:
             aside.unlink(missing_ok=True)
         self._last_sign = time.monotonic()
@@ -110,7 +113,7 @@ class FolderLock:
                 f"--save {self.path.parent} is written to by {found}: wait for it, name another folder, or delete "
                 f"{self.path} if that run has ended"
             )
-        # By renaming, as of two that find it dead only one can; and what the slower of them takes is not the same.
+        # By renaming, as of two machines that find it dead only one can; and what the slower takes is not the same.
         taken = aside.with_name(f"{aside.name}.taken")
         try:
             self.path.rename(taken)
@@ -130,6 +133,21 @@ class FolderLock:
             return aside.stat().st_mtime - self.path.stat().st_mtime > _SILENT_S
         except FileNotFoundError:
             return True
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of the block: of one machine, and of others where the file system's locks reach them.
+
+    Without it, while one puts back what it took from a faster one by mistake, a third finds none and is an owner, too.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # NFS cannot lock folders, others nothing at all
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)  # which unlocks
 
 
 def _place(content: Path, path: Path) -> None:
