@@ -334,6 +334,7 @@ def test_import_changes_nothing() -> None:
 def still_off() -> bool:
     with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
         torch.zeros(1, device="cuda")
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
     return not cpu_backend.is_enabled() and torch.ones(1).type() == "torch.FloatTensor"
 
 
@@ -405,3 +406,16 @@ def enable_on_shared_cores() -> None:
 )
 def test_enable(new_ranks: Ranks, body: object) -> None:
     new_ranks.run(1, body)
+
+
+def test_no_compiler_is_loaded() -> None:
+    # Ranks of tests have it: their server loads Megatron-Core as it is.
+    script = """
+import sys
+import torch
+from hp_plugin import cpu_backend
+cpu_backend.enable()
+assert "megatron.core.jit" in sys.modules and torch.compile(abs) is abs
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
