@@ -41,9 +41,6 @@ HOOKS: list[Hook] = [
 PACKAGE_HOOKS = [hook for hook in HOOKS if hook.replacement in (recompute_without_fp8, without_te_gemm)]
 """Those for missing packages, which machines with CUDA lack, too."""
 
-_NO_COMPILER = "TORCHDYNAMO_DISABLE"
-"""What torch looks at in the environment whenever something is to be compiled, before it loads its compiler."""
-
 _enabled = _mended = False
 
 
@@ -69,15 +66,15 @@ def enable() -> None:
             f"the CPU backend is for machines without CUDA, and torch sees {torch.cuda.device_count()} CUDA "
             "device(s): train on them, or hide them from this process with CUDA_VISIBLE_DEVICES="
         )
-    chosen = _NO_COMPILER in os.environ
+    chosen = "TORCHDYNAMO_DISABLE" in os.environ
     # Before the checks, which import Megatron-Core if nobody has: loading the compiler is 0.8 s of a rank's start of 3.
-    os.environ.setdefault(_NO_COMPILER, "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         for hook in HOOKS:
             hook.check()
     except Exception:
         if not chosen:
-            del os.environ[_NO_COMPILER]
+            del os.environ["TORCHDYNAMO_DISABLE"]
         raise
     for hook in HOOKS:
         hook.apply()

@@ -66,11 +66,12 @@ PLACES["hp_plugin"] = (0, -1)
 # What floor 0 takes from elsewhere, and only when it is asked for: pictures, and defaults of Hugging Face's models, for
 # which a table stands in.
 LAZY_ON_FLOOR_0 = {"matplotlib", "transformers"}
-# Read, because launchers set them, and torch's switch for reading, which is set; no option is an environment variable.
+# Read, because launchers set them, and torch's switches for reading and compiling, which are set; no option is an
+# environment variable.
 LAUNCHER_VARIABLES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"),
-    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+    *("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCHDYNAMO_DISABLE"),
 }
 
 
