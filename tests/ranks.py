@@ -232,8 +232,8 @@ def _share_gloo_device() -> None:
     """Gives all gloo groups of this process one device: each has a thread that notices its end 10 ms late.
 
     Megatron-Core makes dozens of groups, and waiting for their threads was more than half of a job's time. Their own
-    threads, which run the collectives, are one each instead of two: two tear the name of what they have last done when
-    it is long (see `exchange/weights/shards.py`), as those of Megatron-Core's overlapped gradients are.
+    threads, which run the collectives, are one each instead of two: two can tear the name of what they have last done
+    (see `exchange/weights/shards.py`), which is torch's to mend.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
