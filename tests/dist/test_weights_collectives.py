@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hp_plugin.exchange.weights import shards
 from hp_plugin.exchange.weights.shards import Shard, start_gathering, start_reducing
 from tests.ranks import Ranks
 
@@ -28,17 +26,6 @@ def gradient_of(rank: int, part: int, n: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + 100 * rank + part))
 
 
-@contextmanager
-def taken_for(backend: str):  # type: ignore[no-untyped-def]
-    """Has the collectives ask for another backend than gloo, which does as NCCL would."""
-    original = shards.dist
-    shards.dist = SimpleNamespace(**{**vars(dist), "get_backend": lambda group: backend})  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        shards.dist = original
-
-
 def both_ways(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     """Wholes of this rank, and its shards of the sums of gradients."""
     rank, n, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
@@ -48,7 +35,8 @@ def both_ways(backend: str) -> tuple[list[Tensor], list[Tensor]]:
         module = nn.Module()
         module.weight = nn.Parameter(shard_of(rank, number))
         holders.append(Shard(module, "weight", axis, runs, n))
-    with taken_for(backend):
+    # Over gloo all the same, which does as NCCL would.
+    with mock.patch.object(dist, "get_backend", return_value=backend):
         wholes = start_gathering(holders, group)()
         sums = start_reducing(holders, [gradient_of(rank, number, n) for number in range(len(PARTS))], group)()
     return [whole.contiguous() for whole in wholes], [one.contiguous() for one in sums]

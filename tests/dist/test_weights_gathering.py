@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -285,12 +286,8 @@ def test_no_weight_is_sent_before_the_optimizer_has_published_it(ranks: Ranks) -
 def step_without_coalescing(case: Case) -> float:
     """The first loss, where whoever coalesces collectives over the dim axis fails."""
     chunks, _ = built(case)
-    manager = shards._coalescing_manager
-    shards._coalescing_manager = None  # type: ignore[assignment]
-    try:
+    with mock.patch.object(shards, "_coalescing_manager", None):
         return run_step(case, chunks, 0)
-    finally:
-        shards._coalescing_manager = manager
 
 
 @pytest.mark.parametrize("micro_batch", [4, 1], ids=["samples", "tokens"])
