@@ -18,11 +18,11 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.attention.specs import head_dim_spec
+from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.grid.ranks import DIM_INNERMOST
-from hp_plugin.attention.specs import head_dim_spec
-from hp_plugin.attention.registration import initialize_head_dim_parallel
-from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
 from tests.ranks import prepare_device
 
 

@@ -21,10 +21,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hp_plugin.config import HeadDimConfig
-from hp_plugin.attention.specs import finish_model, head_dim_spec
 from hp_plugin.attention.registration import initialize_head_dim_parallel
+from hp_plugin.attention.specs import finish_model, head_dim_spec
 from hp_plugin.attention.transformer_config import HeadDimTransformerConfig
+from hp_plugin.config import HeadDimConfig
 from tests.dist.gpt_parts import Part, collect, fill
 from tests.ranks import prepare_device
 

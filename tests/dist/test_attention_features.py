@@ -20,12 +20,12 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from hp_plugin import cpu_backend
+from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.config import HeadDimConfig
 from hp_plugin.exchange.rules import RULES
-from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.exchange.scores.attention import ScoresSettings, scores_attention
-from hp_plugin.attention.registration import initialize_head_dim_parallel
 from hp_plugin.exchange.shapes import attention_shape
+from hp_plugin.grid.groups import HeadDimGroups
 from tests.dist import attention_cases
 from tests.dist.attention_cases import Case
 from tests.ranks import Ranks, prepare_device
@@ -327,7 +327,11 @@ def refused(case: Case, forward: dict[str, Any] | None) -> str:
         (Case(2, 2, "scores", config={"softmax_type": "off-by-one"}), None, "`scores` cannot do a softmax offset"),
         (Case(2, 2, "sequence", config={"softmax_type": "off-by-one"}), None, "`sequence` cannot do a softmax offset"),
         *((Case(2, 2, name, config={"softmax_type": "learnable"}), None, "learnable softmax offset") for name in RULES),
-        (Case(2, 2, "local", config={"yarn_rotary_scaling_factor": 4.0}), None, "`local` cannot place YaRN frequencies"),
+        (
+            Case(2, 2, "local", config={"yarn_rotary_scaling_factor": 4.0}),
+            None,
+            "`local` cannot place YaRN frequencies",
+        ),
         (Case(2, 2, "batch"), {"packed_seq_params": object()}, "packed sequences cannot be split"),
         (Case(2, 2, "sequence"), {"attention_bias": torch.zeros(1)}, "`sequence` cannot add an attention bias"),
         (Case(2, 2, "scores", config={"qk_clip": True}), None, "QK-clip"),

@@ -145,7 +145,7 @@ def test_hidden_states_may_come_from_elsewhere(ranks: Ranks, model: dict[str, An
 
 
 def attention_by_itself(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Output, gradient of the input, and those of both weights, of one layer's attention outside a pass of its model."""
+    """Output, gradients of the input and of both weights, of one layer's attention outside a pass of its model."""
     cpu_backend.enable()
     start(case)
     chunks = build(case)
@@ -209,7 +209,10 @@ def sent(case: Case) -> dict[tuple[int, str], dict[str, float]]:
 # Each takes as long as a file of tests; the first two show most.
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (number > 1)) for number, (name, case) in enumerate(MAP.items())],
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (number > 1))
+        for number, (name, case) in enumerate(MAP.items())
+    ],
 )
 def test_it_sends_no_more_than_the_best_fixed_exchange(ranks: Ranks, case: Case) -> None:
     """Recorded, over a map of 40 shapes: five kinds of layers, four sizes of micro-batches, both kinds of steps."""

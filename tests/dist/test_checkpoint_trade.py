@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.float
 
 
 def whole(axis: SlicedAxis, weight_axis: int, dtype: torch.dtype) -> Tensor:
-    shape = [3, 5][:weight_axis] + [axis.global_size] + [3, 5][weight_axis:]
+    shape = [*[3, 5][:weight_axis], axis.global_size, *[3, 5][weight_axis:]]
     return torch.randint(100, shape, generator=torch.Generator().manual_seed(axis.slots)).to(dtype)
 
 
@@ -63,14 +63,17 @@ def there_and_back(head_dim: HeadDimConfig, at_once: int | None) -> None:
         assert equal(part, stock.chunk(m * n, axis)[i * n + j])
     with together() if at_once else nullcontext():
         backs = [
-            from_stock_part(part, axis, case, groups.dim) for part, (case, axis, _) in zip(parts, cases(m, n), strict=True)
+            from_stock_part(part, axis, case, groups.dim)
+            for part, (case, axis, _) in zip(parts, cases(m, n), strict=True)
         ]
     for weight, back in zip(weights, backs, strict=True):
         assert equal(back, weight)
 
 
 @pytest.mark.parametrize("at_once", [None, 1, 1000, 2**28])
-@pytest.mark.parametrize("head_dim", [HeadDimConfig(2, 2), HeadDimConfig(1, 4), HeadDimConfig(2, 2, order=HEAD_INNERMOST)])
+@pytest.mark.parametrize(
+    "head_dim", [HeadDimConfig(2, 2), HeadDimConfig(1, 4), HeadDimConfig(2, 2, order=HEAD_INNERMOST)]
+)
 def test_traded_slices_are_stock_parts(ranks: Ranks, head_dim: HeadDimConfig, at_once: int | None) -> None:
     ranks.run(4, there_and_back, head_dim, at_once)
 

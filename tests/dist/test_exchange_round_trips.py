@@ -1,5 +1,7 @@
 """Both maps of every exchange, forward and backward, on drawn shapes: whose elements come where, element by element."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -85,7 +87,7 @@ def _trade(name: str, shape: AttentionShape, groups: HeadDimGroups) -> None:
     for part, wanted in zip(parts, everyone[j], strict=True):
         torch.testing.assert_close(part, wanted, rtol=0, atol=0)
     (back,) = torch.autograd.grad(parts, mixed, gradients[j])
-    (summed,) = torch.autograd.grad(sum(everyone, []), whole, sum(gradients, []))
+    (summed,) = torch.autograd.grad(list(chain(*everyone)), whole, list(chain(*gradients)))
     torch.testing.assert_close(back, summed[..., sliced(shape, j)].reshape(back.shape), rtol=0, atol=0)
 
     output = numbers(shape.s, shape.b, heads, shape.d, seed=1000 + i)

@@ -65,7 +65,11 @@ CASES = [
     Core(queries=1),
     Core(queries=5, causal=False),
     Core(queries=5, config={"window_size": (3, 0)}),
-    *(Core(mask=mask, causal=causal) for mask in ("padding", "arbitrary", "shared", "heads") for causal in (True, False)),
+    *(
+        Core(mask=mask, causal=causal)
+        for mask in ("padding", "arbitrary", "shared", "heads")
+        for causal in (True, False)
+    ),
     *(Core(g=g, mask=mask, b=1) for g in (1, 4) for mask in ("padding", "heads")),
     *(Core(config={"window_size": window}) for window in ((3, 0), (0, 0), (2, 3), (40, 0), (0, 4))),
     Core(mask="arbitrary", config={"window_size": (4, 0)}),
@@ -92,7 +96,9 @@ def core(case: Core, kind: type[DotProductAttention], backend: AttnBackend) -> D
         **{"attention_dropout": 0.0, "attention_softmax_in_fp32": True, "masked_softmax_fusion": False, **case.config},
     )
     kind_of_mask = AttnMaskType.causal if case.causal else AttnMaskType.arbitrary
-    return kind(config=config, layer_number=1, attn_mask_type=kind_of_mask, attention_type="self", softmax_scale=case.scale)
+    return kind(
+        config=config, layer_number=1, attn_mask_type=kind_of_mask, attention_type="self", softmax_scale=case.scale
+    )
 
 
 def mask_of(case: Core) -> Tensor | None:
@@ -206,7 +212,9 @@ def kernels() -> tuple[list[str], list[str]]:
 def test_the_fused_kernel_is_what_runs(ranks: Ranks) -> None:
     ((stock, fused),) = ranks.run(1, kernels)
     assert any("baddbmm" in name for name in stock) and not any("flash" in name for name in stock)
-    assert any("flash" in name and "backward" in name for name in fused) and not any("baddbmm" in name for name in fused)
+    assert any("flash" in name and "backward" in name for name in fused) and not any(
+        "baddbmm" in name for name in fused
+    )
 
 
 # --- on the grid, and in training ----------------------------------------------------------------------------------
@@ -227,7 +235,10 @@ def differences_on_fused(case: Case) -> tuple[dict[str, float], int]:
 
 
 GRID = [
-    *(Case(2, 2, exchange, h=4, g=2, d=16, s=16, b=2, rope={}) for exchange in ("batch", "sequence", "scores", "local")),
+    *(
+        Case(2, 2, exchange, h=4, g=2, d=16, s=16, b=2, rope={})
+        for exchange in ("batch", "sequence", "scores", "local")
+    ),
     Case(2, 2, "batch", h=4, g=2, d=512, s=6, b=2),
     Case(2, 2, "batch", h=4, g=2, s=12, b=4, mask="arbitrary", rope={}),
     Case(2, 2, "batch", h=4, g=2, s=12, b=4, config={"window_size": (4, 0)}),
@@ -282,9 +293,7 @@ def test_losses_are_those_of_stocks_core(ranks: Ranks, cache: str, size: int, bo
     assert len(found) == 8 and found == pytest.approx(expected, abs=1e-5, rel=0)
 
 
-def test_auto_says_once_what_the_fused_core_would_not_keep(
-    ranks: Ranks, cache: str
-) -> None:
+def test_auto_says_once_what_the_fused_core_would_not_keep(ranks: Ranks, cache: str) -> None:
     large = "--seq-length 1024 --hidden-size 16 --num-attention-heads 4 --micro-batch-size 4 --global-batch-size 4"
     ((_, said),) = ranks.run(1, train, cache, f"{large} --train-iters 2")
     assert said.count("stock's unfused attention keeps at least 64 MiB of scores per layer") == 1

@@ -14,8 +14,8 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
 from hp_plugin.compare.ranks.traffic import counted
-from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.exchange.rules import RULES
+from hp_plugin.exchange.sizes import AttentionShape
 from hp_plugin.generation.checkpoint import loaded_model, on_layout
 from hp_plugin.generation.decoding import Step, generate
 from hp_plugin.generation.job import prepare, steps
@@ -164,7 +164,15 @@ def recorded(steps: Iterator[Step], sent: list[dict[tuple[str, str], float]] | N
         (on(EXPERTS, "2,2"), (2, 8)),
         (on(DEEPSPEED, "2,2"), (8,)),
     ],
-    ids=["2x2 by sequences", "2x2 by tokens", "1x4 MQA learned", "4x1", "2x2 weights", "experts", "DeepSpeed's experts"],
+    ids=[
+        "2x2 by sequences",
+        "2x2 by tokens",
+        "1x4 MQA learned",
+        "4x1",
+        "2x2 weights",
+        "experts",
+        "DeepSpeed's experts",
+    ],
 )
 def test_tokens_and_logits_are_those_of_one_rank_without_cache(
     ranks: Ranks, config: TrainingConfig, lengths: tuple[int, ...]
@@ -307,5 +315,5 @@ def test_a_checkpoint_of_local_is_refused_where_it_is_another_function(tmp_path:
     for grid, exchange in ((None, "auto"), ("1,2", "auto"), ("1,4", "local")):
         with pytest.raises(ValueError, match="give --head-dim-exchange local with a grid of n = 2"):
             on_layout(local, tmp_path, 1, head_dim_parallel=grid, head_dim_exchange=exchange)
-    with pytest.raises(ValueError, match="computes another function than checkpoint .* was trained for"):
+    with pytest.raises(ValueError, match=r"computes another function than checkpoint .* was trained for"):
         on_layout(MODEL, tmp_path, 1, head_dim_parallel="1,2", head_dim_exchange="local")

@@ -1,5 +1,6 @@
 """One attention layer beside a key/value cache, in any pieces, against one forward pass over the whole sequence."""
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -7,9 +8,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
-
-import pytest
 
 from hp_plugin import cpu_backend
 from hp_plugin.attention.registration import initialize_head_dim_parallel

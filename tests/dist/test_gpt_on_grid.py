@@ -23,7 +23,9 @@ CASES = {
     "2x2": on(2, 2),
     "2x1 DP=2": on(2, 1),
     "2x2 sequence": on(2, 2, "sequence"),
-    "2x2 head-innermost": on(2, 2, order=HEAD_INNERMOST, model={"gated_linear_unit": True, "attention_output_gate": True}),
+    "2x2 head-innermost": on(
+        2, 2, order=HEAD_INNERMOST, model={"gated_linear_unit": True, "attention_output_gate": True}
+    ),
     "2x2 head-innermost SP scores": on(
         2, 2, "scores", order=HEAD_INNERMOST, model={"sequence_parallel": True, "qk_layernorm": True}
     ),
@@ -60,7 +62,9 @@ def stock_case(case: Case) -> Case:
         *("sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
     }
     model = {name: value for name, value in case.model.items() if name not in switched_off}
-    return Case(positions=case.positions, clip_grad=case.clip_grad, tied=case.tied, own_masks=case.own_masks, model=model)
+    return Case(
+        positions=case.positions, clip_grad=case.clip_grad, tied=case.tied, own_masks=case.own_masks, model=model
+    )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -1,8 +1,8 @@
-"""Multi-latent attention under `weights` trains as stock's on one rank: losses, gradient norms, gradients, parameters."""
+"""Multi-latent attention under `weights` trains as stock's on one rank: losses, norms, gradients, parameters."""
 
 import multiprocessing
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,9 @@ MIXED = {
 }
 CASES = {
     "2x2": on(2, 2),
-    "1x4, three heads": on(1, 4, model={"num_attention_heads": 3, "num_query_groups": 3, "kv_channels": 16, "v_head_dim": 12}),
+    "1x4, three heads": on(
+        1, 4, model={"num_attention_heads": 3, "num_query_groups": 3, "kv_channels": 16, "v_head_dim": 12}
+    ),
     "4x1": on(4, 1, model=FOUR),
     "4x1 SP": on(4, 1, exchange="auto", model=FOUR | SP),
     "2x3 by tokens, SP": on(2, 3, model=ODD | SP),
@@ -210,7 +212,10 @@ def config(exchange: str, order: str = "dim-innermost", m: int = 2, n: int = 2, 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"exchange": "batch"}, "`batch` could trade: use --head-dim-exchange weights, or --tensor-model-parallel-size"),
+        (
+            {"exchange": "batch"},
+            "`batch` could trade: use --head-dim-exchange weights, or --tensor-model-parallel-size",
+        ),
         ({"exchange": "scores"}, "`scores` could trade: use --head-dim-exchange weights"),
         ({"exchange": "auto", "order": "head-innermost"}, "give --head-dim-order dim-innermost"),
         ({"exchange": "weights", "kv_lora_rank": 18}, "22 channels of latents of keys and values"),

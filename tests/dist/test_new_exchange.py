@@ -1,4 +1,4 @@
-"""An exchange is one folder and one line in each of two registries: one that is added here trains through every door."""
+"""An exchange is one folder and one line in each of two registries: one added here trains through every door."""
 
 import shutil
 import subprocess

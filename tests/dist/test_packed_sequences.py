@@ -1,4 +1,4 @@
-"""Packed sequences where weights move: each document's losses, and the gradients of all, as of the documents one by one."""
+"""Packed sequences where weights move: each document's losses, and all gradients, as of the documents one by one."""
 
 from typing import Any
 
@@ -92,8 +92,8 @@ CASES = {
 def test_documents_are_what_they_are_one_by_one(
     ranks: Ranks, case: Case, lengths: tuple[int, ...], with_padding: bool
 ) -> None:
-    kept = {name: case.model[name] for name in ("qk_layernorm", "num_query_groups", "attention_output_gate", "add_bias_linear")
-            if name in case.model}  # fmt: skip
+    fields = ("qk_layernorm", "num_query_groups", "attention_output_gate", "add_bias_linear")
+    kept = {name: case.model[name] for name in fields if name in case.model}
     alone = Case(micro_batch=1, positions=case.positions, tied=case.tied, model=kept)
     ((losses, expected),) = ranks.run(1, one_by_one, alone, lengths)
     found = ranks.run(4, packed, case, lengths, with_padding)

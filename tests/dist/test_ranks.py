@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 
 from tests.ranks import RankError, Ranks
 
-
 kept: list[Any] = []
 
 

@@ -9,8 +9,8 @@ import pytest
 from megatron.core import parallel_state
 
 from hp_plugin.compare.entries.catalogue import CatalogueModel
-from hp_plugin.compare.entries.planned import group_sizes, share_of
 from hp_plugin.compare.entries.entrant import enter
+from hp_plugin.compare.entries.planned import group_sizes, share_of
 from hp_plugin.compare.entries.suites import decode_mode
 from hp_plugin.compare.ranks.decode import decoding
 from hp_plugin.compare.ranks.running import built

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hp_plugin.config import HeadDimConfig
-from hp_plugin.grid.ranks import ORDERS, Grid
-from hp_plugin.grid.groups import HeadDimGroups
 from hp_plugin.attention.registration import initialize_head_dim_parallel, registered_groups
+from hp_plugin.config import HeadDimConfig
+from hp_plugin.grid.groups import HeadDimGroups
+from hp_plugin.grid.ranks import ORDERS, Grid
 from tests.ranks import Ranks
 
 GETTERS = [f"get_{axis}_parallel_{what}" for axis in ("head", "dim") for what in ("group", "rank", "world_size")]

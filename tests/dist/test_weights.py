@@ -1,4 +1,4 @@
-"""Under `weights` whole GPT models train as stock TP = 1 does: losses, gradient norms, every gradient, every parameter."""
+"""Under `weights` whole GPT models train as stock TP = 1 does: losses, norms, every gradient, every parameter."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """`gathered`: whole heads of the whole micro-batch, on every rank of the dim group."""
 
+from hp_plugin.exchange.gathered.rule import GatheredRule
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from hp_plugin.exchange.gathered.rule import GatheredRule
 from hp_plugin.exchange.strategy import Exchange
 
 
